@@ -1,0 +1,299 @@
+"""PruningCallback: when a round runs, resume, logging."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from pruneflow.importance import Importance, magnitude
+from pruneflow.masking import Masking
+from pruneflow.masks import MaskSet, Scope
+from pruneflow.parameters import Pattern
+from pruneflow.plan import Clock, Plan
+from pruneflow.pruner import Pruner
+from pruneflow.rewinding import LearningRateSnapshot, Schedulers
+from pruneflow.schedules import ScheduleLike
+from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
+
+_STATE_VERSION = 1
+
+
+class PruningCallback(L.Callback):
+    """Prune in rounds while a Trainer trains, and fine-tune between them.
+
+    A round prunes at the start of an epoch (or step) and the epochs after it fine-tune. The plan is
+    printed before training. At the end of `fit`, also after an exception, masks are removed: plain
+    parameters with exact zeros. A later `fit` of the same model holds the zeros and does not prune
+    again; another model starts over. Checkpoints hold masks and plan position.
+
+    Args:
+        schedule: Cumulative sparsity after each round: `Compounding(target=0.98, rounds=8)`, a list
+            such as `[0.5, 0.8, 0.9]`, or a function of the round, which gets as many rounds as fit
+            the training. The number of rounds where `importance` keeps its own amount.
+        importance: Scores, higher = keep, or a pruning method of torch; see `Pruner`.
+        scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
+        include: Globs over qualified names and module types; None for what is prunable by default.
+        exclude: What to leave out.
+        start_epoch: Zero-based epoch at whose start round 1 prunes; 0 unless given.
+        epochs_per_round: Epochs from one round to the next; 1 unless given.
+        start_step: The same by optimizer steps (Lightning's `global_step`), instead of epochs.
+        steps_per_round: Steps from one round to the next.
+        masking: How masks are held; `InPlace()` unless given.
+        rewind: `"learning_rate"` starts the learning-rate schedule again in every round, from where
+            it stood when training began; None leaves it alone.
+
+    Raises:
+        ValueError: At construction, for arguments out of range or epochs and steps together; when
+            `fit` begins, for a plan that does not fit the training, patterns that match nothing, or
+            a checkpoint of another plan.
+
+    Example:
+        >>> from pruneflow import Compounding
+        >>> pruning = PruningCallback(
+        ...     Compounding(target=0.98, rounds=8), epochs_per_round=5, start_epoch=10
+        ... )
+        >>> trainer = L.Trainer(max_epochs=60, callbacks=[pruning], logger=False)
+    """
+
+    def __init__(
+        self,
+        schedule: ScheduleLike | int,
+        *,
+        importance: Importance | TorchMethod = magnitude,
+        scope: Scope = "global",
+        include: Sequence[Pattern] | None = None,
+        exclude: Sequence[Pattern] = (),
+        start_epoch: int | None = None,
+        epochs_per_round: int | None = None,
+        start_step: int | None = None,
+        steps_per_round: int | None = None,
+        masking: Masking | None = None,
+        rewind: Literal["learning_rate"] | None = None,
+    ) -> None:
+        own_amount = is_torch_method(importance) and keeps_own_amount(importance)  # type: ignore[arg-type]
+        if own_amount != isinstance(schedule, int) or isinstance(schedule, bool):
+            expected = (
+                f"the number of rounds, since {importance!r} keeps its own amount"
+                if own_amount
+                else "a schedule such as Compounding(target=0.98, rounds=8)"
+            )
+            raise ValueError(f"`schedule` is expected to be {expected}, but {schedule!r} came")
+        if rewind not in (None, "learning_rate"):
+            raise ValueError(
+                f"`rewind` is expected to be 'learning_rate' or None, but {rewind!r} came"
+            )
+        self.schedule = schedule
+        self.clock = _clock(start_epoch, epochs_per_round, start_step, steps_per_round)
+        Plan.lay(schedule, self.clock, None if _has_rounds(schedule) else self.clock.start + 1)
+        self.importance = importance
+        self.scope = scope
+        self.include = include
+        self.exclude = exclude
+        self.masking = masking
+        self.rewind = rewind
+        self.plan: Plan | None = None
+        self.pruner: Pruner | None = None
+        self._model: weakref.ref[L.LightningModule] | None = None
+        self._restored: Mapping[str, Any] | None = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.round = 0
+        self._masks: dict[str, Any] = {}
+        self._learning_rate: LearningRateSnapshot | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """Cumulative sparsity of the masks that are held, or were when training ended."""
+        held = self.pruner.masks if self.pruner else None
+        return (held or MaskSet.from_state(self._masks)).sparsity
+
+    # -- Lightning calls these, in this order -----------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Store what a checkpoint holds; it is put to use when training starts."""
+        self._restored = state_dict
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lay the plan, check it against model and training, and print it."""
+        if self._model is None or self._model() is not pl_module:
+            self._start_over()
+        self._model = weakref.ref(pl_module)
+        finished = self.plan is not None and self.round == len(self.plan.rounds)
+        if not finished:
+            self.plan = self._lay_plan(trainer)
+        self.pruner = Pruner(
+            pl_module,
+            importance=self.importance,
+            scope=self.scope,
+            include=self.include,
+            exclude=self.exclude,
+            optimizers=trainer.optimizers,
+            masking=self.masking,
+        )
+        if finished:
+            rank_zero_info(
+                "The pruning plan is finished: its zeros are held, nothing more is pruned"
+            )
+        else:
+            rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")  # type: ignore[union-attr]
+        if self.pruner.frozen:
+            rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Hold the masks so far, once optimizers exist and a checkpoint has been loaded."""
+        assert self.pruner is not None  # made when fit began
+        if self._restored is not None:
+            self._take_restored(self._restored)
+            self._restored = None
+        if self.rewind and self._learning_rate is None:
+            self._learning_rate = LearningRateSnapshot(trainer.optimizers, _schedulers(trainer))
+        if self._masks:
+            self.pruner.hold(MaskSet.from_state(self._masks))
+        self._measure()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prune if a round is due at this epoch; log the sparsity of the epoch."""
+        if self.clock.unit == "epoch":
+            self._run_due_rounds(trainer, trainer.current_epoch)
+        self._log(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune if a round is due at this step."""
+        if self.clock.unit == "step" and self._run_due_rounds(trainer, trainer.global_step):
+            self._log(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
+        held = self.pruner.masks if self.pruner else None
+        return {
+            "version": _STATE_VERSION,
+            "round": self.round,
+            "plan": self.plan.state() if self.plan else None,
+            "masks": held.state() if held else self._masks,
+            "learning_rate": self._learning_rate.state() if self._learning_rate else None,
+        }
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove: plain parameters with exact zeros. Say so if training ended below the target."""
+        self._remove()
+        assert self.plan is not None  # laid when fit began
+        if self.round < len(self.plan.rounds):
+            rank_zero_warn(
+                f"Training ended in round {self.round} of {len(self.plan.rounds)}, at sparsity "
+                f"{self.sparsity:.4f}, below the target; train longer, or fit again to go on"
+            )
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Remove, and never hide the exception."""
+        try:
+            self._remove()
+        except Exception as error:
+            exception.add_note(f"pruneflow could not remove its masks after this: {error!r}")
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _run_due_rounds(self, trainer: L.Trainer, position: int) -> bool:
+        assert self.plan is not None and self.pruner is not None
+        due = len(self.plan.rounds) if trainer.fast_dev_run else self.plan.due(position)  # type: ignore[attr-defined]
+        if due <= self.round:
+            return False
+        sparsity = self.plan.rounds[due - 1].sparsity
+        if sparsity is None:
+            for _ in range(due - self.round):
+                self.pruner.prune()
+        else:
+            self.pruner.prune_to(sparsity, round=due)
+        self.round = due
+        self._measure()
+        if self._learning_rate is not None:
+            self._learning_rate.restore(trainer.optimizers, _schedulers(trainer))
+        return True
+
+    def _lay_plan(self, trainer: L.Trainer) -> Plan:
+        length = _length(trainer, self.clock.unit)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Every round runs at once, so all that is needed is that there are some.
+            length = None if _has_rounds(self.schedule) else self.clock.start + 1
+        return Plan.lay(self.schedule, self.clock, length)
+
+    def _measure(self) -> None:
+        assert self.pruner is not None
+        masks = self.pruner.masks
+        self._progress = {"sparsity": masks.sparsity, "round": float(self.round)}
+        self._per_layer = {
+            f"sparsity/{name}": MaskSet({name: mask}).sparsity for name, mask in masks.items()
+        }
+
+    def _log(self, pl_module: L.LightningModule) -> None:
+        pl_module.log_dict(self._progress, prog_bar=True, on_step=False, on_epoch=True)
+        pl_module.log_dict(self._per_layer, on_step=False, on_epoch=True)
+
+    def _take_restored(self, state: Mapping[str, Any]) -> None:
+        assert self.plan is not None
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint's pruning state is expected to have version {_STATE_VERSION}, but "
+                f"{state.get('version')!r} came; read it with the pruneflow that wrote it"
+            )
+        if state["plan"] is not None and state["plan"] != self.plan.state():
+            raise ValueError(
+                "the checkpoint is expected to come from the same plan, but its rounds are "
+                f"{_rounds(state['plan'])}, and those of this training {_rounds(self.plan.state())}"
+                "; resume with the same schedule and clock, or start from its weights alone"
+            )
+        self.round = state["round"]
+        self._masks = state["masks"]
+        saved = state["learning_rate"]
+        self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None
+
+    def _remove(self) -> None:
+        if self.pruner is not None:
+            if self.pruner.masks:
+                self._masks = self.pruner.masks.state()
+            self.pruner.remove()
+            self.pruner = None
+
+
+def _clock(
+    start_epoch: int | None,
+    epochs_per_round: int | None,
+    start_step: int | None,
+    steps_per_round: int | None,
+) -> Clock:
+    by_step = start_step is not None or steps_per_round is not None
+    if by_step and (start_epoch is not None or epochs_per_round is not None):
+        raise ValueError(
+            "`start_epoch`/`epochs_per_round` and `start_step`/`steps_per_round` are expected one "
+            "pair at a time, but both came; count either epochs or steps"
+        )
+    if by_step:
+        return Clock(start_step or 0, 1 if steps_per_round is None else steps_per_round, "step")
+    return Clock(start_epoch or 0, 1 if epochs_per_round is None else epochs_per_round, "epoch")
+
+
+def _has_rounds(schedule: ScheduleLike | int) -> bool:
+    return not callable(schedule) or hasattr(schedule, "rounds")
+
+
+def _length(trainer: L.Trainer, unit: Literal["epoch", "step"]) -> int | None:
+    if unit == "epoch":
+        return trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
+    steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
+    return None if steps == float("inf") else int(steps)
+
+
+def _schedulers(trainer: L.Trainer) -> Schedulers:
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def _rounds(plan: Mapping[str, Any]) -> str:
+    return ", ".join(f"{sparsity} at {plan['unit']} {at}" for at, sparsity in plan["rounds"])

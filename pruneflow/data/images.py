@@ -1,0 +1,122 @@
+"""Where images come from: a uint8 tensor, or files that are decoded when they are indexed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import resize as torchvision_resize
+
+
+class ImageFiles:
+    """Image files that answer as a uint8 tensor of shape (N, 3, H, W) would.
+
+    Indexing decodes on as many threads as torch uses, so a data worker decodes on one.
+
+    Args:
+        paths: One file an image, in any format that PIL reads; converted to RGB.
+        size: Width and height in pixels. An image of another size is cropped to this ratio, around
+            its centre, and resized.
+    """
+
+    def __init__(self, paths: Sequence[str], size: tuple[int, int]) -> None:
+        self._paths = paths
+        self._size = size
+        self.shape = (len(paths), 3, size[1], size[0])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Decode the images at `indices`, int64 (B,), to uint8 (B, 3, H, W)."""
+        images = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8)
+        pixels, paths = images.numpy(), [self._paths[index] for index in indices.tolist()]
+
+        def decode(rows: Iterable[int]) -> None:
+            for row in rows:
+                with Image.open(paths[row]) as file:
+                    image = file.convert("RGB")
+                if image.size != self._size:
+                    image = ImageOps.fit(image, self._size, Image.Resampling.BILINEAR)
+                pixels[row] = np.asarray(image).transpose(2, 0, 1)
+
+        threads = torch.get_num_threads()
+        if threads == 1:
+            decode(range(len(paths)))
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(decode, [range(t, len(paths), threads) for t in range(threads)]))
+        return images
+
+
+def common_size(paths: Sequence[str]) -> tuple[int, int]:
+    """Width and height in pixels that all images at `paths` share, from their headers.
+
+    Raises:
+        ValueError: If one differs from the first.
+    """
+
+    def read(path: str) -> tuple[int, int]:
+        with Image.open(path) as file:
+            return file.size
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        sizes = list(pool.map(read, paths))
+    first = sizes[0]
+    for path, size in zip(paths, sizes, strict=True):
+        if size != first:
+            raise ValueError(
+                f"`image_size` is expected when images differ in size (width x height): {paths[0]} "
+                f"is {first[0]}x{first[1]}, but {path} is {size[0]}x{size[1]}; set for instance "
+                f"image_size={min(first)}"
+            )
+    return first
+
+
+Images = Tensor | ImageFiles
+
+
+def resize(images: Tensor, image_size: int | None) -> Tensor:
+    """Resize uint8 (N, C, H, W) to (N, C, image_size, image_size); None leaves it as it is.
+
+    Example:
+        >>> resize(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), 16).shape
+        torch.Size([2, 1, 16, 16])
+    """
+    if image_size is None:
+        return images
+    size = [image_size, image_size]
+    return torch.cat(
+        [torchvision_resize(part, size, antialias=True) for part in torch.split(images, 1000)]
+    )
+
+
+def channel_statistics(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, in [0, 1], from exact counts of pixel values.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        indices: int64, the images to measure; of more than 10,000, evenly spaced ones are taken.
+
+    Returns:
+        Two float32 tensors of shape (C,). A constant channel gets a deviation of 1/255.
+
+    Example:
+        >>> images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)
+        >>> channel_statistics(images, torch.tensor([0, 1]))
+        (tensor([0.5000]), tensor([0.5000]))
+    """
+    sample = indices[:: -(-len(indices) // 10_000)]
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
+    for part in torch.split(sample, 1000):
+        pixels = images[part].transpose(0, 1).flatten(1)
+        counts += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
+    weights = counts / counts.sum(1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = weights @ values
+    std = (weights @ values**2 - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return mean.float(), std.float()

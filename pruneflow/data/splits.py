@@ -1,0 +1,39 @@
+"""Hold part of a labelled set out, class by class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stratified_split(labels: Tensor, size: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split the indices of `labels` in two, each class in proportion to within one image.
+
+    Args:
+        labels: int64 (N,).
+        size: What to hold out: a fraction in (0, 1), or a number of images.
+        seed: Determines the split; no other random state is used.
+
+    Returns:
+        The indices kept and the indices held out, int64, both ascending.
+
+    Raises:
+        ValueError: If nothing or everything would be held out.
+
+    Example:
+        >>> kept, held_out = stratified_split(torch.tensor([0, 1] * 5), size=0.2, seed=0)
+        >>> len(kept), torch.tensor([0, 1] * 5)[held_out].sort().values
+        (8, tensor([0, 1]))
+    """
+    total = len(labels)
+    count = round(size * total) if isinstance(size, float) else size
+    if not 0 < count < total:
+        raise ValueError(
+            f"`val_size` is expected to hold out a fraction in (0, 1) or between 1 and {total - 1} "
+            f"of the {total} images, but {size!r} came; 0.1 is usual"
+        )
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    held_out = torch.zeros(total, dtype=torch.bool)
+    held_out[by_class[(torch.arange(count) * total + total // 2) // count]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()

@@ -1,0 +1,331 @@
+"""The CLI's pipeline: dense -> rounds -> remove -> test -> deliver -> report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from filelock import FileLock
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from pruneflow import provenance
+from pruneflow.callback import PruningCallback
+from pruneflow.files import write_whole
+from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row
+from pruneflow.models import load_weights
+from pruneflow.parameters import select
+from pruneflow.plan import Clock, Plan, pruned_count
+from pruneflow.report import Facts, FinishedRound, write_report
+from pruneflow.sparsity import sparsity_report
+
+_log = logging.getLogger(__name__)
+
+
+class Experiment:
+    """One run: everything is built, and bad input refused, before any training.
+
+    Args:
+        config: The composed configuration; see `conf/config.yaml`.
+        folder: The run folder.
+        recipe: Name of the recipe, for the report.
+        command: The command that runs this, for the report.
+
+    Raises:
+        ValueError: If the configuration cannot be run.
+    """
+
+    def __init__(self, config: DictConfig, folder: Path, recipe: str, command: str) -> None:
+        if config.trainer.max_epochs is not None:
+            raise ValueError(
+                "`trainer.max_epochs` is expected to be left alone, but "
+                f"{config.trainer.max_epochs!r} came; it follows from `dense.epochs` and "
+                "`pruning.epochs`, so set those"
+            )
+        self.config = config
+        self.folder = folder
+        self.recipe = recipe
+        self.command = command
+        self.seconds: dict[str, float] = {}
+
+        self.schedule = instantiate(config.schedule)
+        self.importance = instantiate(config.importance)
+        self.plan, clock = self._lay_plan()
+        L.seed_everything(config.seed, verbose=False)
+        with self._timed("data"):
+            self.data = instantiate(config.data)
+            self.data.prepare_data()
+            self.data.setup("fit")
+        self.network: nn.Module = instantiate(config.model)(
+            num_classes=self.data.num_classes, in_channels=self.data.image_shape[0]
+        )
+        if config.dense.weights is not None:
+            load_weights(self.network, config.dense.weights)
+        self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
+        self.pruning = PruningCallback(
+            self.schedule,
+            importance=self.importance,
+            scope=_plain(config.pruning.scope),
+            include=[f"network.{name}" for name in self.selection.slots],
+            start_epoch=clock.start,
+            epochs_per_round=clock.every,
+            masking=instantiate(config.masking),
+            rewind=config.pruning.rewind,
+        )
+
+    def run(self) -> Facts:
+        """Run all stages and write the run folder.
+
+        Returns:
+            The facts of the report.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weights = sum(slot.parameter.numel() for slot in self.selection.slots.values())
+        table = self.plan.table(weights)
+        _log.info("Plan:\n%s", table)
+        with write_whole(self.folder / "plan.txt") as path:
+            path.write_text(table + "\n")
+        with write_whole(self.folder / "config.yaml") as path:
+            OmegaConf.save(self.config, path, resolve=True)
+
+        rows, cached = self._dense_phase()
+        dense = copy.deepcopy(self.network)
+        rounds, rows = self._rounds(rows)
+
+        with self._timed("test"):
+            dense_accuracies, _ = self._evaluate(dense)
+            accuracies, per_class = self._evaluate(self.network)
+        save_network(self.network, self.folder / "model.safetensors")
+        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, per_class)
+        write_report(self.folder, facts, rows)
+        return facts
+
+    # -- stages -----------------------------------------------------------------------------------
+
+    def _dense_phase(self) -> tuple[list[Row], bool]:
+        target = self.folder / "checkpoints" / "dense.safetensors"
+        config = self.config.dense
+        if config.cache is None or not config.epochs:
+            rows = self._train_dense()
+            save_network(self.network, target)
+            return rows, False
+        cache = Path(config.cache) / f"{self._dense_key()}.safetensors"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        # Jobs of one sweep that start together train it once; the others wait for it here.
+        with FileLock(cache.with_suffix(".lock")):
+            cached = cache.exists()
+            if cached:
+                _log.info("Dense phase: from the cache, %s", cache)
+                rows = load_network(self.network, cache)
+            else:
+                rows = self._train_dense()
+                save_network(self.network, cache, rows)
+        save_network(self.network, target)
+        return rows, cached
+
+    def _train_dense(self) -> list[Row]:
+        epochs = self.config.dense.epochs
+        history = History(self.folder / "metrics.csv", "dense")
+        with self._timed("dense"):
+            if epochs:
+                _log.info("Dense phase: %d epochs", epochs)
+                classifier = self._classifier(self.network, epochs)
+                self._trainer(0, epochs, history).fit(classifier, datamodule=self.data)
+        return history.rows
+
+    def _rounds(self, rows: list[Row]) -> tuple[list[FinishedRound], list[Row]]:
+        start = self.config.dense.epochs
+        epochs = self.config.pruning.epochs
+        period = self.pruning.clock.every if self.config.pruning.rewind else epochs
+        classifier = self._classifier(self.network, period)
+        watch = RoundWatch(self.pruning)
+        history = History(self.folder / "metrics.csv", "rounds", rows)
+        with self._timed("rounds"):
+            _log.info("%d rounds: %d epochs", len(self.plan.rounds), epochs)
+            trainer = self._trainer(start, start + epochs, self.pruning, watch, history)
+            trainer.fit(classifier, datamodule=self.data)
+        by_epoch = {row["epoch"]: row for row in history.rows}
+        last_epochs = [planned.at - 1 for planned in self.plan.rounds[1:]] + [start + epochs - 1]
+        rounds: list[FinishedRound] = [
+            {**measured, "fine_tuned_accuracy": by_epoch[last]["val_accuracy"]}  # type: ignore[typeddict-item]
+            for measured, last in zip(watch.rounds, last_epochs, strict=True)
+        ]
+        return rounds, history.rows
+
+    def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], list[float]]:
+        classifier = self._classifier(network, 1)
+        trainer = self._trainer(0, 1, enable_progress_bar=False)
+        validated = trainer.validate(classifier, datamodule=self.data, verbose=False)[0]
+        tested = trainer.test(classifier, datamodule=self.data, verbose=False)[0]
+        return {**validated, **tested}, classifier.test_per_class
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _lay_plan(self) -> tuple[Plan, Clock]:
+        rounds, epochs = self.schedule.rounds, self.config.pruning.epochs
+        if epochs < rounds:
+            raise ValueError(
+                f"`pruning.epochs` is expected to give each of {rounds} rounds at least one epoch, "
+                f"but {epochs} came; raise it, or lower `schedule.rounds`"
+            )
+        # Every schedule has the same budget: split evenly, the remainder after the last round.
+        clock = Clock(start=self.config.dense.epochs, every=epochs // rounds)
+        return Plan.lay(self.schedule, clock, clock.start + epochs), clock
+
+    def _classifier(self, network: nn.Module, epochs: int) -> Any:
+        scheduler = instantiate(self.config.lr_scheduler, epochs=epochs)
+        return instantiate(self.config.classifier)(
+            network,
+            num_classes=self.data.num_classes,
+            optimizer=instantiate(self.config.optimizer),
+            lr_scheduler=scheduler,
+        )
+
+    def _trainer(self, start: int, end: int, *callbacks: L.Callback, **overrides: Any) -> L.Trainer:
+        logger = instantiate(self.config.logger) if self.config.logger else False
+        trainer: L.Trainer = instantiate(
+            self.config.trainer,
+            max_epochs=end,
+            callbacks=[ReseedEachEpoch(self.config.seed), *callbacks],
+            logger=logger,
+            enable_checkpointing=False,
+            default_root_dir=str(self.folder),
+            **overrides,
+        )
+        # One clock for the whole run: the rounds go on counting where the dense phase ended.
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        progress.processed = progress.completed = start
+        return trainer
+
+    def _dense_key(self) -> str:
+        names = ("model", "data", "optimizer", "lr_scheduler", "classifier", "trainer", "seed")
+        resolved: Any = OmegaConf.to_container(self.config, resolve=True)
+        weights = self.config.dense.weights
+        return provenance.digest(
+            {name: resolved[name] for name in names},
+            self.config.dense.epochs,
+            provenance.file_digest(Path(weights)) if weights else None,
+            self.data.fingerprint(),
+            provenance.versions(),
+        )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - began
+
+    def _facts(
+        self,
+        rounds: list[FinishedRound],
+        rows: list[Row],
+        cached: bool,
+        dense: dict[str, float],
+        final: dict[str, float],
+        per_class: list[float],
+    ) -> Facts:
+        device = next(self.network.parameters()).device
+        example = torch.zeros(1, *self.data.image_shape, device=device)
+        report = sparsity_report(
+            self.network,
+            example,
+            include=list(self.selection.slots),
+        )
+        weights = report.weights
+        return {
+            "recipe": self.recipe,
+            "command": self.command,
+            "seed": self.config.seed,
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+            "machine": provenance.machine(),
+            "target": self.plan.rounds[-1].sparsity,
+            "scope": str(_plain(self.config.pruning.scope)),
+            "schedule": repr(self.schedule),
+            "importance": getattr(self.importance, "__name__", repr(self.importance)),
+            "classes": list(self.data.classes),
+            "plan": [
+                {
+                    "round": planned.number,
+                    "at": planned.at,
+                    "amount": planned.amount,
+                    "sparsity": planned.sparsity,
+                    "kept": None
+                    if planned.sparsity is None
+                    else weights - pruned_count(planned.sparsity, weights),
+                }
+                for planned in self.plan.rounds
+            ],
+            "dense": {
+                "epochs": self.config.dense.epochs,
+                "val_accuracy": dense["val_accuracy"],
+                "test_accuracy": dense["test_accuracy"],
+            },
+            "dense_cached": cached,
+            "rounds": rounds,
+            "final": {
+                "sparsity": report.sparsity,
+                "val_accuracy": final["val_accuracy"],
+                "test_accuracy": final["test_accuracy"],
+                "test_per_class": per_class,
+            },
+            "size": {
+                "parameters": report.parameters,
+                "remaining": report.remaining,
+                "compression_ratio": report.compression_ratio,
+                "multiply_adds": report.multiply_adds or 0,
+                "remaining_multiply_adds": report.remaining_multiply_adds or 0,
+                "theoretical_speedup": report.theoretical_speedup or 1.0,
+                "dense_bytes": (self.folder / "checkpoints/dense.safetensors").stat().st_size,
+                "model_bytes": (self.folder / "model.safetensors").stat().st_size,
+            },
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "weights": layer.weights,
+                    "zeros": layer.zeros,
+                }
+                for layer in report.layers
+            ],
+            "seconds": self.seconds,
+            "frozen": list(self.selection.frozen),
+        }
+
+
+def save_network(network: nn.Module, path: Path, rows: list[Row] | None = None) -> None:
+    """Write a network's `state_dict` as safetensors, whole or not at all.
+
+    Args:
+        network: The network.
+        path: The file.
+        rows: History to keep with it, as metadata.
+    """
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
+    }
+    with write_whole(path) as temporary:
+        save_file(tensors, temporary, None if rows is None else {"history": json.dumps(rows)})
+
+
+def load_network(network: nn.Module, path: Path) -> list[Row]:
+    """Read back what `save_network` wrote, and return the history that was kept with it."""
+    with safe_open(path, framework="pt") as file:
+        network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        rows: list[Row] = json.loads(file.metadata()["history"])
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

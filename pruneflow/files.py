@@ -1,0 +1,39 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces it once the block has succeeded.
+
+    The temporary file lies in the same folder, hence on the same file system, so that the last step
+    is one atomic rename: a reader, or a process killed at any moment, sees the old file or the new
+    one. When the block raises, the temporary file is deleted and `path` is left as it was; what a
+    killed process left is overwritten by the next write. One writer at a time.
+
+    Args:
+        path: The file to write; its folder is made when missing.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with write_whole(folder / "plan.txt") as temporary:
+        ...     _ = temporary.write_text("round 1")
+        >>> [file.name for file in folder.iterdir()]
+        ['plan.txt']
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: savers such as matplotlib choose the format by it.
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""What happened in each epoch and round, kept in metrics.csv while training runs."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from pruneflow.callback import PruningCallback
+from pruneflow.files import write_whole
+
+Row = dict[str, float | str | None]
+
+COLUMNS = (
+    "stage",
+    "epoch",
+    "round",
+    "sparsity",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+)
+
+
+class History(L.Callback):
+    """Write one row an epoch to a CSV file, whole each time.
+
+    Args:
+        path: The file.
+        stage: `"dense"` or `"rounds"`, for the rows to come.
+        rows: Rows of earlier stages, which stay.
+    """
+
+    def __init__(self, path: Path, stage: str, rows: list[Row] | None = None) -> None:
+        self.path = path
+        self.stage = stage
+        self.rows = rows or []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the rows of earlier stages."""
+        self._write()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the learning rate that the epoch begins with."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the row of this epoch."""
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        fixed: Row = {
+            "stage": self.stage,
+            "epoch": trainer.current_epoch,
+            "round": int(measured.get("round", 0)),
+            "sparsity": measured.get("sparsity", 0.0),
+            "lr": self._lr,
+        }
+        self.rows.append({name: fixed.get(name, measured.get(name)) for name in COLUMNS})
+        self._write()
+
+    def _write(self) -> None:
+        with write_whole(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+class RoundWatch(L.Callback):
+    """Measure validation accuracy right after each prune, before any fine-tuning.
+
+    Stands after the `PruningCallback` in the list of callbacks.
+
+    Args:
+        pruning: The callback to watch.
+    """
+
+    def __init__(self, pruning: PruningCallback) -> None:
+        self.pruning = pruning
+        self.rounds: list[dict[str, Any]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure if a round has just pruned."""
+        done = len(self.rounds)
+        if self.pruning.round > done:
+            assert self.pruning.pruner is not None  # training is on
+            masks = self.pruning.pruner.masks
+            self.rounds.append(
+                {
+                    "round": self.pruning.round,
+                    "epoch": trainer.current_epoch,
+                    "sparsity": masks.sparsity,
+                    "kept": masks.weights - masks.pruned,
+                    "pruned_accuracy": _accuracy(trainer, pl_module),
+                }
+            )
+
+
+class ReseedEachEpoch(L.Callback):
+    """Make all random numbers of an epoch a function of (seed, epoch, rank).
+
+    Dropout then does not depend on where training began, so a cached dense phase changes nothing.
+
+    Args:
+        seed: The experiment's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Seed Python, NumPy and PyTorch."""
+        key = (self.seed, trainer.current_epoch, trainer.global_rank)
+        state = int(np.random.SeedSequence(key).generate_state(1)[0])
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+
+
+@torch.no_grad()
+def _accuracy(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+    # `trainer.validate` cannot run inside `fit`, hence a loop of our own.
+    loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    limit = trainer.limit_val_batches
+    batches = len(loader)
+    if limit is not None:
+        batches = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
+    pl_module.eval()
+    correct = total = 0
+    for _, batch in zip(range(batches), loader, strict=False):
+        images, labels = trainer.strategy.batch_to_device(batch)
+        with trainer.precision_plugin.forward_context():
+            predicted = pl_module(images).argmax(1)
+        correct += int((predicted == labels).sum())
+        total += len(labels)
+    pl_module.train()
+    return correct / max(total, 1)

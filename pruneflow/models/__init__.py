@@ -1,0 +1,16 @@
+"""Networks, their training step and learning-rate schedules; they know nothing of pruning."""
+
+from pruneflow.models.classifier import Classifier
+from pruneflow.models.lr_schedules import constant, cosine, multistep, one_cycle
+from pruneflow.models.networks import load_weights, small_cnn, torchvision_model
+
+__all__ = [
+    "Classifier",
+    "constant",
+    "cosine",
+    "load_weights",
+    "multistep",
+    "one_cycle",
+    "small_cnn",
+    "torchvision_model",
+]

@@ -1,0 +1,131 @@
+"""The training step of image classification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class Classifier(LightningModule):
+    """A network trained by cross-entropy.
+
+    Logs loss and accuracy over each epoch: `train_loss`, `train_accuracy`, and the same with `val_`
+    and `test_`. The metrics are kept out of the state_dict, so its keys are the network's, after
+    "network.".
+
+    Args:
+        network: Images, float32 (B, C, H, W), to logits (B, `num_classes`).
+        num_classes: Number of classes.
+        optimizer: Takes the parameters, such as `partial(torch.optim.SGD, lr=0.1)`.
+        lr_scheduler: Takes the optimizer and is stepped once an epoch, such as
+            `partial(multistep, epochs=100)`; None keeps the learning rate.
+        label_smoothing: In [0, 1); of the training loss alone.
+        channels_last: Keep network and images in PyTorch's channels-last memory format, which
+            convolutions on GPUs in 16 bits prefer.
+
+    Attributes:
+        test_per_class: Accuracy in each class, in [0, 1], after a test.
+    """
+
+    test_per_class: list[float]
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        optimizer: Callable[[Iterable[Parameter]], Optimizer],
+        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"`label_smoothing` is expected in [0, 1), but {label_smoothing} came; 0.1 is usual"
+            )
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=self._memory_format)
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._label_smoothing = label_smoothing
+        self._train, self._val, self._test = (
+            _metrics(stage, num_classes) for stage in ("train", "val", "test")
+        )
+        self._test.add_metrics({"per_class": _accuracy(num_classes, average=None)})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of `images` (B, C, H, W)."""
+        logits: Tensor = self.network(images.contiguous(memory_format=self._memory_format))
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        loss = self._step(self._train, batch, batch_idx)
+        # Not in on_train_epoch_end, which comes after the callbacks that look for it.
+        if self.trainer.is_last_batch:
+            self.log_dict(self._train.compute(), on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure one batch."""
+        self._step(self._val, batch, batch_idx)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure one batch."""
+        self._step(self._test, batch, batch_idx)
+
+    # Logged once an epoch: `self.log` at each step costs more than the metrics do.
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch."""
+        self.log_dict(self._val.compute(), sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test and keep the accuracy in each class."""
+        values = self._test.compute()
+        self.test_per_class = values.pop("test_per_class").tolist()
+        self.log_dict(values, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, if there is one, its scheduler, stepped once an epoch."""
+        optimizer = self._optimizer(self.network.parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        return [optimizer], [self._lr_scheduler(optimizer)]
+
+    def _step(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        smoothing = self._label_smoothing if metrics is self._train else 0.0
+        loss = cross_entropy(logits, labels, label_smoothing=smoothing)
+        if index == 0:  # not at an epoch's end, which an interrupted epoch never reaches
+            metrics.reset()
+        predictions = logits.detach().argmax(1)
+        # One loss an image, since a MeanMetric that does not look for nan forgets its weights.
+        losses = loss.detach().expand(len(labels))
+        metrics.update(value=losses, preds=predictions, target=labels)
+        return loss
+
+
+def _metrics(stage: str, num_classes: int) -> MetricCollection:
+    # Values are not checked for nan: that would wait for the GPU at every step, and hide it.
+    loss = MeanMetric(nan_strategy="disable")
+    accuracy = _accuracy(num_classes, average="micro")
+    return MetricCollection(
+        {"loss": loss, "accuracy": accuracy}, prefix=f"{stage}_", compute_groups=False
+    )
+
+
+def _accuracy(num_classes: int, average: Literal["micro"] | None) -> MulticlassAccuracy:
+    return MulticlassAccuracy(num_classes, average=average, validate_args=False)

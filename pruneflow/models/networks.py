@@ -1,0 +1,195 @@
+"""Networks: a small one for small images, and every classification network of torchvision."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision.models
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
+
+
+def small_cnn(num_classes: int, in_channels: int, width: int = 32) -> nn.Sequential:
+    """Three 3x3 convolutions with batch norm and a linear layer, for images of 8x8 or so.
+
+    Args:
+        num_classes: Number of outputs.
+        in_channels: Channels of the images.
+        width: Channels of the first convolution; the others have twice as many.
+
+    Example:
+        >>> small_cnn(num_classes=10, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def convolution(channels: int, filters: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(channels, filters, 3, padding=1, bias=False),
+            nn.BatchNorm2d(filters),
+            nn.ReLU(),
+        ]
+
+    return nn.Sequential(
+        *convolution(in_channels, width),
+        *convolution(width, 2 * width),
+        nn.MaxPool2d(2),
+        *convolution(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8 * width, num_classes),
+    )
+
+
+def torchvision_model(
+    name: str,
+    num_classes: int,
+    in_channels: int = 3,
+    stem: Literal["imagenet", "cifar"] = "imagenet",
+    weights: str | Path | None = None,
+) -> nn.Module:
+    """Build a torchvision classification network.
+
+    Args:
+        name: As `torchvision.models.list_models(module=torchvision.models)` lists it.
+        num_classes: Number of outputs.
+        in_channels: Channels of the images. If not 3, the first convolution is replaced by one that
+            takes as many, initialised as PyTorch initialises it.
+        stem: "imagenet" leaves the network alone; "cifar" gives a ResNet, for small images, a 3x3
+            convolution of stride 1 and no max-pool in place of 7x7, stride 2 and max-pool.
+        weights: A local file (safetensors, or a state_dict saved by torch), or the name of a
+            torchvision weights entry, such as "DEFAULT", which is downloaded. Where only the number
+            of classes differs the last layer stays freshly initialised.
+
+    Raises:
+        ValueError: If the network or the weights are unknown, `stem` does not fit the network, or
+            the weights are of another network.
+
+    Example:
+        >>> network = torchvision_model("resnet18", num_classes=10, stem="cifar")
+        >>> network.conv1
+        Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
+    """
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        near = difflib.get_close_matches(name, names) or names
+        raise ValueError(
+            f"`name` is expected to be a torchvision classification network, but {name!r} came; "
+            f"did you mean {', '.join(near)}?"
+        )
+    # These two have auxiliary outputs unless told not to, and warn, or take seconds, to
+    # initialise in a way of their own.
+    options = {"aux_logits": False, "init_weights": False} if name in _WITH_AUXILIARY else {}
+    network: nn.Module = torchvision.models.get_model(
+        name, weights=None, num_classes=num_classes, **options
+    )
+    if stem == "cifar":
+        if not isinstance(network, torchvision.models.ResNet):
+            raise ValueError(
+                f"`stem`='cifar' is expected only with a ResNet, but `name` is {name!r}, whose "
+                "stem is another; take stem='imagenet'"
+            )
+        network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    elif stem != "imagenet":
+        raise ValueError(f"`stem` is expected to be 'imagenet' or 'cifar', but {stem!r} came")
+    if in_channels != 3:
+        _replace_first_convolution(network, in_channels)
+    if weights is not None:
+        _load(network, _read_weights(name, str(weights)), str(weights), num_classes)
+    return network
+
+
+_WITH_AUXILIARY = ("googlenet", "inception_v3")
+
+
+def _replace_first_convolution(network: nn.Module, in_channels: int) -> None:
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            parent, _, attribute = path.rpartition(".")
+            replacement = nn.Conv2d(
+                in_channels,
+                module.out_channels,
+                module.kernel_size,  # type: ignore[arg-type]
+                stride=module.stride,  # type: ignore[arg-type]
+                padding=module.padding,  # type: ignore[arg-type]
+                bias=module.bias is not None,
+            )
+            setattr(network.get_submodule(parent), attribute, replacement)
+            return
+
+
+def load_weights(network: nn.Module, path: str | Path) -> None:
+    """Load a file of weights into a network of the same architecture.
+
+    Args:
+        network: The network.
+        path: A safetensors file, a `state_dict` saved by torch, or a Lightning checkpoint whose
+            module holds the network under one name, such as `network.` or `model.`.
+
+    Raises:
+        ValueError: If there is no such file, or its tensors are not those of the network.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"`weights`={str(path)!r} is expected to be a file; check the path")
+    # No number of classes is 0: a last layer of another shape is refused too.
+    _load(network, _read_file(Path(path)), str(path), num_classes=0)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    prefixes = {key.partition(".")[0] for key in state}
+    if prefixes in ({"network"}, {"model"}):
+        return {key.partition(".")[2]: value for key, value in state.items()}
+    return state
+
+
+def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
+    path = Path(weights)
+    if path.is_file():
+        return _read_file(path)
+    entries = torchvision.models.get_model_weights(name)
+    entry = weights.rpartition(".")[2]
+    if entry not in entries.__members__:
+        raise ValueError(
+            f"`weights` is expected to be a file or one of {', '.join(entries.__members__)}, but "
+            f"{weights!r} is neither; check the path"
+        )
+    downloaded: dict[str, Tensor] = entries[entry].get_state_dict(progress=False, check_hash=True)
+    return downloaded
+
+
+def _load(network: nn.Module, state: dict[str, Tensor], weights: str, num_classes: int) -> None:
+    """Load `state`, but for a last layer that differs in the number of classes alone."""
+    own = network.state_dict()
+    head = [
+        key
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+        and own[key].shape[0] == num_classes
+        and own[key].shape[1:] == state[key].shape[1:]
+    ]
+    wrong = sorted(own.keys() ^ state.keys()) + [
+        f"{key} of shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape and key not in head
+    ]
+    if wrong:
+        raise ValueError(
+            f"`weights`={weights!r} is expected to fit the network, but {len(wrong)} tensors are "
+            f"missing, unknown or of another shape: {', '.join(wrong[:4])}; check `name`, `stem` "
+            "and `in_channels`"
+        )
+    if head:
+        _log.warning("`weights`=%s: %s differ in classes and start afresh", weights, sorted(head))
+    network.load_state_dict({**state, **{key: own[key] for key in head}})

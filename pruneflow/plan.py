@@ -1,0 +1,178 @@
+"""When: a schedule laid on the training clock, before the training starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pruneflow.schedules import ScheduleLike, sparsity_per_round
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When rounds happen: the first at the start of epoch (or step) `start`, then every `every`.
+
+    Args:
+        start: Zero-based epoch or optimizer step at whose start round 1 prunes.
+        every: Epochs or steps per round.
+        unit: `"epoch"`, or `"step"` as Lightning's `global_step` counts.
+
+    Raises:
+        ValueError: If `start` is negative or `every` is not at least 1.
+    """
+
+    start: int = 0
+    every: int = 1
+    unit: Literal["epoch", "step"] = "epoch"
+
+    def __post_init__(self) -> None:
+        for name, least in (("start", 0), ("every", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                argument = f"start_{self.unit}" if name == "start" else f"{self.unit}s_per_round"
+                raise ValueError(
+                    f"`{argument}` is expected to be a whole number of at least {least}, "
+                    f"but {value!r} came; {self.unit}s are counted from 0"
+                )
+
+
+@dataclass(frozen=True)
+class Round:
+    """One prune-then-fine-tune cycle of a plan.
+
+    Args:
+        number: The round, counted from 1.
+        at: The zero-based epoch or step at whose start it prunes.
+        sparsity: Cumulative sparsity after it, in [0, 1); None when not known ahead.
+        amount: Fraction of the remaining weights that it removes; None when not known ahead.
+    """
+
+    number: int
+    at: int
+    sparsity: float | None
+    amount: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rounds of one training, laid on its clock.
+
+    Args:
+        rounds: The rounds, in order.
+        unit: `"epoch"` or `"step"`.
+        length: Epochs or steps of the whole training; None when it has no end.
+
+    Example:
+        >>> from pruneflow import Compounding
+        >>> plan = Plan.lay(Compounding(target=0.875, rounds=3), Clock(start=2, every=3), length=12)
+        >>> print(plan.table(weights=1000))
+        round  at epoch  amount of the remaining  sparsity  weights kept
+            0         0                        -    0.00 %         1,000
+            1         2                  50.00 %   50.00 %           500
+            2         5                  50.00 %   75.00 %           250
+            3         8                  50.00 %   87.50 %           125
+        4 epochs of fine-tuning follow the last round.
+        >>> plan.due(5)
+        2
+    """
+
+    rounds: tuple[Round, ...]
+    unit: Literal["epoch", "step"]
+    length: int | None
+
+    @classmethod
+    def lay(
+        cls, schedule: ScheduleLike | int, clock: Clock = Clock(), length: int | None = None
+    ) -> Plan:
+        """Lay a schedule on a clock within a training of `length` epochs or steps.
+
+        Args:
+            schedule: A schedule; or the number of rounds where a method keeps its own amount and
+                sparsity is not known ahead. A plain callable gets as many rounds as fit.
+            clock: When the rounds happen.
+            length: Epochs or steps of the training; None when it has no end.
+
+        Raises:
+            ValueError: If the last round would not be followed by at least one epoch or step.
+        """
+        fitting = None if length is None else max(0, -(-(length - clock.start) // clock.every))
+        sparsities: tuple[float | None, ...]
+        if isinstance(schedule, int):
+            sparsities = (None,) * schedule
+        elif fitting == 0:
+            sparsities = (0.0,)  # refused below, also for a plain callable, of which none fit
+        else:
+            sparsities = sparsity_per_round(schedule, fitting)
+        rounds = []
+        before: float | None = 0.0
+        for number, sparsity in enumerate(sparsities, start=1):
+            known = sparsity is not None and before is not None
+            amount = 1 - (1 - sparsity) / (1 - before) if known else None  # type: ignore[operator]
+            at = clock.start + (number - 1) * clock.every
+            rounds.append(Round(number, at, sparsity, amount))
+            before = sparsity
+        if length is not None and rounds and rounds[-1].at >= length:
+            last = rounds[-1]
+            raise ValueError(
+                f"The plan is expected to fit the training (`max_{clock.unit}s`={length}), but its "
+                f"last round, {last.number}, would prune at the start of {clock.unit} {last.at} "
+                f"(`start_{clock.unit}`={clock.start}, `{clock.unit}s_per_round`={clock.every}); "
+                f"raise `max_{clock.unit}s` to {last.at + clock.every}, or take fewer rounds or "
+                f"fewer {clock.unit}s a round"
+            )
+        return cls(tuple(rounds), clock.unit, length)
+
+    def due(self, position: int) -> int:
+        """Number of rounds that have to be done once epoch or step `position` starts."""
+        return sum(1 for planned in self.rounds if planned.at <= position)
+
+    def table(self, weights: int) -> str:
+        """Print the plan for a model with `weights` prunable weights."""
+        header = ("round", f"at {self.unit}", "amount of the remaining", "sparsity", "weights kept")
+        rows = [("0", "0", "-", _percent(0.0), f"{weights:,}")]
+        for planned in self.rounds:
+            known = planned.sparsity is not None
+            kept = f"{weights - pruned_count(planned.sparsity, weights):,}" if known else "?"  # type: ignore[arg-type]
+            rows.append(
+                (
+                    str(planned.number),
+                    str(planned.at),
+                    _percent(planned.amount),
+                    _percent(planned.sparsity),
+                    kept,
+                )
+            )
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (header, *rows)
+        ]
+        if any(planned.sparsity is None for planned in self.rounds):
+            lines.append("The sparsity is not known ahead: the method keeps its own amount.")
+        if self.rounds and self.length is not None:
+            left = self.length - self.rounds[-1].at
+            units = self.unit if left == 1 else f"{self.unit}s"
+            follow = "follows" if left == 1 else "follow"
+            lines.append(f"{left} {units} of fine-tuning {follow} the last round.")
+        return "\n".join(lines)
+
+    def state(self) -> dict[str, Any]:
+        """Schedule and clock as builtins, to be stored and compared on resume."""
+        return {"unit": self.unit, "rounds": [[r.at, r.sparsity] for r in self.rounds]}
+
+
+def pruned_count(sparsity: float, weights: int) -> int:
+    """How many of `weights` are pruned at a cumulative sparsity: always from the dense count.
+
+    Counting from the dense total, never from what remains, keeps rounding from adding up over
+    rounds.
+
+    Example:
+        >>> pruned_count(0.98, 1001)
+        981
+    """
+    return round(sparsity * weights)
+
+
+def _percent(fraction: float | None) -> str:
+    return "?" if fraction is None else f"{100 * fraction:.2f} %"

@@ -1,0 +1,80 @@
+"""Where a result comes from: versions, commit, machine; and digests of what determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def versions() -> dict[str, str]:
+    """Versions of pruneflow and of what computes its results."""
+    return {name: version(name) for name in ("pruneflow", "torch", "torchvision", "lightning")}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that pruneflow runs from; None when it is installed.
+
+    A working tree with changes is marked by a plus sign.
+    """
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+" if changed else head
+
+
+def machine() -> str:
+    """The machine in words.
+
+    Example:
+        >>> "CPU core" in machine()
+        True
+    """
+    cores = os.cpu_count() or 1
+    words = [f"{cores} CPU core{'s' if cores > 1 else ''} ({_processor()})"]
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        words.append(f"{memory / 2**30:.0f} GiB memory")
+    if torch.cuda.is_available():
+        words.append(torch.cuda.get_device_name())
+    return ", ".join(words)
+
+
+def digest(*facts: Any) -> str:
+    """A short name for a combination of builtins.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1})
+        True
+    """
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

@@ -1,0 +1,188 @@
+"""One round: parameters -> importance -> masks -> masking. No Lightning here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pruneflow.importance import Importance, magnitude
+from pruneflow.masking import InPlace, Masking
+from pruneflow.masks import MaskSet, Scope, compute_masks, resolve_scope
+from pruneflow.parameters import Pattern, select
+from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount, torch_masks
+
+
+class Pruner:
+    """Prune a model in any training loop, and hold the zeros through `optimizer.step()`.
+
+    Args:
+        model: The model.
+        importance: Scores, higher = keep: `magnitude`, `Random(seed)`, `Given(scores)` or any
+            function `(name, tensor, context) -> scores`; or a `BasePruningMethod` of
+            `torch.nn.utils.prune`, as class (driven by `prune_to`) or instance (keeps its own
+            amount: `prune`).
+        scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
+        include: What to prune; None for what is prunable by default. See `parameters.select`.
+        exclude: What to leave out.
+        optimizers: The optimizers of the training. `[]` says that there is none; None warns,
+            since the zeros do not hold through a training whose optimizers are not known.
+        masking: How masks are held; `InPlace()` unless given.
+
+    Raises:
+        ValueError: If a pattern or the scope does not fit the model, or a tensor to prune is in
+            none of the optimizers.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(10, 10)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> pruner = Pruner(model, optimizers=[optimizer])
+        >>> pruner.prune_to(0.5)
+        MaskSet(1 tensors, 50 of 100 weights pruned)
+        >>> model(torch.randn(4, 10)).square().sum().backward(); optimizer.step()
+        >>> int((model.weight == 0).sum())
+        50
+        >>> pruner.remove()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        importance: Importance | TorchMethod = magnitude,
+        scope: Scope = "global",
+        include: Sequence[Pattern] | None = None,
+        exclude: Sequence[Pattern] = (),
+        optimizers: Sequence[Optimizer] | None = None,
+        masking: Masking | None = None,
+    ) -> None:
+        self.model = model
+        self.importance = importance
+        self.scope = scope
+        self.masking: Masking = InPlace() if masking is None else masking
+        selection = select(model, include, exclude)
+        self.frozen = tuple(selection.frozen)
+        if not selection.slots:
+            raise ValueError(
+                "`model` is expected to have trainable weights to prune, but all are frozen "
+                f"({', '.join(self.frozen)}); set `requires_grad=True` on what is to be pruned"
+            )
+        self._parameters = {name: slot.parameter for name, slot in selection.slots.items()}
+        resolve_scope(scope, list(self._parameters))
+        if optimizers is None:
+            warnings.warn(
+                "`optimizers` was not given to Pruner, so pruned weights will not stay zero "
+                "through training; give the list of your optimizers, or [] if there is no training",
+                stacklevel=2,
+            )
+        elif optimizers:
+            _check_held(self._parameters, optimizers)
+        self._optimizers = optimizers or []
+
+    @property
+    def weights(self) -> int:
+        """Number of prunable weights."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks that are held now; empty before the first prune and after `remove`."""
+        return self.masking.masks
+
+    def prune_to(self, sparsity: float, *, round: int = 1) -> MaskSet:
+        """Prune to a cumulative sparsity. Doing it again changes nothing.
+
+        Args:
+            sparsity: Cumulative fraction of the prunable weights to prune, in [0, 1).
+            round: The round, for importances that depend on it (random ones).
+
+        Returns:
+            The masks that are now held.
+
+        Raises:
+            ValueError: If `sparsity` is out of range or below the present one, or weights are not
+                finite; then nothing is changed.
+        """
+        if not is_torch_method(self.importance):
+            masks = compute_masks(
+                self._parameters,
+                sparsity,
+                importance=self.importance,  # type: ignore[arg-type]
+                scope=self.scope,
+                masks=self.masks,
+                round=round,
+            )
+        elif keeps_own_amount(self.importance):  # type: ignore[arg-type]
+            raise ValueError(
+                f"`sparsity` cannot be asked of {self.importance!r}, which keeps its own amount; "
+                "call `prune()`, or give the class instead of an instance"
+            )
+        else:
+            masks = self._torch_masks(sparsity)
+        return self.hold(masks)
+
+    def prune(self) -> MaskSet:
+        """Run one round of a torch pruning method that keeps its own amount.
+
+        Raises:
+            ValueError: If the importance does not keep its own amount.
+        """
+        if not is_torch_method(self.importance) or not keeps_own_amount(self.importance):  # type: ignore[arg-type]
+            raise ValueError(
+                "`importance` is expected to keep its own amount, such as L1Unstructured(0.2), "
+                f"but {self.importance!r} came; call `prune_to(sparsity)`"
+            )
+        return self.hold(self._torch_masks(None))
+
+    def hold(self, masks: MaskSet) -> MaskSet:
+        """Hold given masks: those of a round, or of a checkpoint.
+
+        Raises:
+            ValueError: If the masks are not exactly those of the tensors to prune.
+        """
+        masks.check(self._parameters)
+        missing = [name for name in self._parameters if name not in masks]
+        if missing:
+            raise ValueError(
+                f"masks are expected for every tensor to prune, but {', '.join(missing)} has none; "
+                "`include` and `exclude` have to select the same tensors as when they were made"
+            )
+        device = {name: parameter.device for name, parameter in self._parameters.items()}
+        masks = MaskSet({name: mask.to(device[name]) for name, mask in masks.items()})
+        if self.masks:
+            self.masking.update(masks)
+        else:
+            self.masking.attach(self.model, masks, self._optimizers)
+        return masks
+
+    def remove(self) -> None:
+        """Let go: plain parameters with exact zeros stay, without hooks, buffers or masks."""
+        self.masking.remove()
+
+    def _torch_masks(self, sparsity: float | None) -> MaskSet:
+        return torch_masks(
+            self._parameters,
+            sparsity,
+            method=self.importance,  # type: ignore[arg-type]
+            scope=self.scope,  # type: ignore[arg-type]
+            masks=self.masks,
+        )
+
+
+def _check_held(parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
+    held = {
+        id(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"`optimizers` are expected to hold every tensor to prune, but none holds "
+            f"{', '.join(missing)}; add them to an optimizer, freeze them (`requires_grad=False`), "
+            "or `exclude` them"
+        )

@@ -1,0 +1,580 @@
+"""Turn the facts of one finished run into `report.json`, `report.md`, `report.html` and `plots/`.
+
+The report is built once, as a `Document` of titles, notes, tables and plots whose cells are text
+already; Markdown and HTML are two renderings of it and cannot disagree.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TypedDict
+
+from matplotlib.figure import Figure
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from pruneflow.files import write_whole
+from pruneflow.plots import accuracy_figure, density_figure, rounds_figure, sparsity_text
+
+
+class PlannedRound(TypedDict):
+    """One line of the plan; None where the sparsity is not known ahead."""
+
+    round: int
+    at: int  # the epoch at whose start it prunes, from 0 over the whole run
+    amount: float | None  # of the remaining weights
+    sparsity: float | None  # cumulative
+    kept: int | None
+
+
+class DensePhase(TypedDict):
+    """The network before the first round."""
+
+    epochs: int
+    val_accuracy: float
+    test_accuracy: float
+
+
+class FinishedRound(TypedDict):
+    """What one round did; accuracies are validation accuracies."""
+
+    round: int
+    epoch: int  # at whose start it pruned
+    sparsity: float
+    kept: int
+    pruned_accuracy: float  # right after pruning
+    fine_tuned_accuracy: float  # at the end of the round
+
+
+class Final(TypedDict):
+    """The network that the run hands over."""
+
+    sparsity: float
+    val_accuracy: float
+    test_accuracy: float
+    test_per_class: list[float]
+
+
+class Size(TypedDict):
+    """Counts over all parameters; multiply-adds for one sample; bytes of model.safetensors."""
+
+    parameters: int
+    remaining: int
+    compression_ratio: float
+    multiply_adds: int
+    remaining_multiply_adds: int
+    theoretical_speedup: float
+    dense_bytes: int
+    model_bytes: int
+
+
+class Layer(TypedDict):
+    """One prunable tensor at the end of the run."""
+
+    name: str
+    shape: list[int]
+    weights: int
+    zeros: int
+
+
+class Facts(TypedDict):
+    """All that a report says about a run, in plain builtins; accuracies are fractions of 1."""
+
+    recipe: str
+    command: str
+    seed: int
+    versions: dict[str, str]
+    commit: str | None
+    machine: str
+    target: float | None  # None: not known ahead
+    scope: str
+    schedule: str
+    importance: str
+    classes: list[str]
+    plan: list[PlannedRound]
+    dense: DensePhase
+    dense_cached: bool
+    rounds: list[FinishedRound]
+    final: Final
+    size: Size
+    layers: list[Layer]
+    seconds: dict[str, float]  # stage -> wall time
+    frozen: list[str]  # tensors left out because they do not train
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title with any of a note, a table and plots (file stem -> what it shows)."""
+
+    title: str
+    note: str = ""
+    header: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    plots: tuple[tuple[str, str], ...] = ()
+
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds figures, which are set flush right."""
+        return column > 0 and all(re.match(r"[\d−–]|$", row[column]) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report before it is rendered."""
+
+    title: str
+    verdict: str
+    explanation: str
+    reached: bool
+    sections: tuple[Section, ...]
+
+
+_MISSING = "–"
+
+
+def _percent(fraction: float | None) -> str:
+    """Format an accuracy.
+
+    Example:
+        >>> _percent(0.93214), _percent(None), _percent(float("nan"))
+        ('93.21 %', '–', '–')
+    """
+    return _MISSING if fraction is None or math.isnan(fraction) else f"{100 * fraction:.2f} %"
+
+
+def _sparsity(fraction: float | None) -> str:
+    return _MISSING if fraction is None or math.isnan(fraction) else sparsity_text(fraction)
+
+
+def _count(number: int | None) -> str:
+    return _MISSING if number is None else f"{number:,}"
+
+
+def _duration(seconds: float) -> str:
+    """Format a wall time.
+
+    Example:
+        >>> _duration(3.14), _duration(725), _duration(3725)
+        ('3.1 s', '12 min 05 s', '1 h 02 min 05 s')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min {rest:02} s" if hours else f"{minutes} min {rest:02} s"
+
+
+def _points(change: float) -> str:
+    return _MISSING if math.isnan(change) else f"{100 * change:+.2f} points".replace("-", "−")
+
+
+def _verdict(facts: Facts) -> tuple[str, str, bool]:
+    """Say in a headline and a sentence what came out, and whether the target was reached."""
+    dense, final, target = facts["dense"], facts["final"], facts["target"]
+    weights = sum(layer["weights"] for layer in facts["layers"])
+    pruned = sum(layer["zeros"] for layer in facts["layers"])
+    change = final["test_accuracy"] - dense["test_accuracy"]
+    what = f"{_sparsity(final['sparsity'])} of {weights:,} prunable weights are pruned"
+    accuracy = (
+        f"Test accuracy went from {_percent(dense['test_accuracy'])} (dense) to "
+        f"{_percent(final['test_accuracy'])} ({_points(change)})."
+    )
+    if target is None:
+        return "Sparsity was not known ahead.", f"{what}. {accuracy}", True
+    # Every tensor that competes for itself rounds its own count of pruned weights.
+    missing = target * weights - pruned
+    if missing > 0.5 * len(facts["layers"]):
+        done, planned = len(facts["rounds"]), len(facts["plan"])
+        explanation = (
+            f"{what} where {_sparsity(target)} was asked for: {math.ceil(missing):,} weights "
+            f"short, after {done} of {planned} rounds. {accuracy}"
+        )
+        return "Target not reached.", explanation, False
+    if not facts["rounds"]:
+        return "Nothing was pruned.", f"{what}; no rounds were asked for. {accuracy}", True
+    return "Target reached.", f"{what} (target {_sparsity(target)}). {accuracy}", True
+
+
+def _before_and_after(facts: Facts) -> Section:
+    dense, final, size = facts["dense"], facts["final"], facts["size"]
+    weights = sum(layer["weights"] for layer in facts["layers"])
+    kept = weights - sum(layer["zeros"] for layer in facts["layers"])
+    target = facts["target"]
+    smaller = size["model_bytes"] < 0.99 * size["dense_bytes"]
+    return Section(
+        title="Before and after",
+        header=("", "dense", "pruned", "change"),
+        rows=(
+            *(
+                (name, _percent(before), _percent(after), _points(after - before))
+                for name, before, after in (
+                    ("test accuracy", dense["test_accuracy"], final["test_accuracy"]),
+                    ("validation accuracy", dense["val_accuracy"], final["val_accuracy"]),
+                )
+            ),
+            (
+                "sparsity of prunable weights",
+                _sparsity(0.0),
+                _sparsity(final["sparsity"]),
+                f"target: {'not known ahead' if target is None else _sparsity(target)}",
+            ),
+            ("prunable weights kept", _count(weights), _count(kept), ""),
+            (
+                "parameters kept, all counted",
+                _count(size["parameters"]),
+                _count(size["remaining"]),
+                f"compression ratio {size['compression_ratio']:.2f}×",
+            ),
+            (
+                "multiply-adds, one sample",
+                _count(size["multiply_adds"]),
+                _count(size["remaining_multiply_adds"]),
+                f"theoretical speed-up {size['theoretical_speedup']:.2f}×",
+            ),
+            (
+                "model.safetensors, bytes",
+                _count(size["dense_bytes"]),
+                _count(size["model_bytes"]),
+                "" if smaller else "zeros are stored; the file is not smaller",
+            ),
+        ),
+        note="The theoretical speed-up counts multiply-adds that remain; it is no measured time.",
+    )
+
+
+def _rounds(facts: Facts) -> Section:
+    planned = {line["round"]: line for line in facts["plan"]}
+    finished = {line["round"]: line for line in facts["rounds"]}
+    rows = [("0 (dense)", "0", *[_MISSING] * 6, _percent(facts["dense"]["val_accuracy"]))]
+    for number in sorted({*planned, *finished}):
+        plan, done = planned.get(number), finished.get(number)
+        rows.append(
+            (
+                str(number) if done else f"{number} (not run)",
+                str(done["epoch"] if done else plan["at"] if plan else _MISSING),
+                _percent(plan["amount"]) if plan else _MISSING,
+                _sparsity(plan["sparsity"]) if plan else _MISSING,
+                _count(plan["kept"]) if plan else _MISSING,
+                _sparsity(done["sparsity"]) if done else _MISSING,
+                _count(done["kept"]) if done else _MISSING,
+                _percent(done["pruned_accuracy"]) if done else _MISSING,
+                _percent(done["fine_tuned_accuracy"]) if done else _MISSING,
+            )
+        )
+    return Section(
+        title="Plan and rounds",
+        header=(
+            "round",
+            "epoch",
+            "amount of the remaining",
+            "planned sparsity",
+            "planned to keep",
+            "measured sparsity",
+            "weights kept",
+            "just pruned",
+            "fine-tuned",
+        ),
+        rows=tuple(rows),
+        note=(
+            "A round prunes at the start of its epoch; epochs are counted from 0 over the whole "
+            "run. The last two columns are validation accuracy, right after pruning and at the end "
+            "of the round."
+        ),
+    )
+
+
+def _layers(facts: Facts) -> Section:
+    rows = [
+        (
+            layer["name"],
+            " × ".join(str(length) for length in layer["shape"]),
+            _count(layer["weights"]),
+            _count(layer["weights"] - layer["zeros"]),
+            _sparsity(layer["zeros"] / layer["weights"] if layer["weights"] else None),
+        )
+        for layer in facts["layers"]
+    ]
+    notes = {
+        "Nothing is left of": [
+            layer["name"] for layer in facts["layers"] if 0 < layer["weights"] == layer["zeros"]
+        ],
+        "Left out because frozen": facts["frozen"],
+    }
+    return Section(
+        title="Layers",
+        header=("tensor", "shape", "weights", "kept", "sparsity"),
+        rows=tuple(rows),
+        note=" ".join(f"{what}: {', '.join(names)}." for what, names in notes.items() if names),
+    )
+
+
+def _wall_time(facts: Facts) -> Section:
+    times = {stage: _duration(seconds) for stage, seconds in facts["seconds"].items()}
+    if facts["dense_cached"]:
+        times["dense"] = "from the cache, not trained again"
+    return Section("Wall time", header=("stage", "time"), rows=tuple(times.items()))
+
+
+def _origin(facts: Facts) -> Section:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return Section(
+        title="How it was made",
+        header=("what", "value"),
+        rows=(
+            ("command", facts["command"]),
+            ("seed", str(facts["seed"])),
+            ("schedule", facts["schedule"]),
+            ("importance", facts["importance"]),
+            ("scope", facts["scope"]),
+            ("dense epochs", str(facts["dense"]["epochs"])),
+            ("versions", versions),
+            ("commit", facts["commit"] or "not known"),
+            ("machine", facts["machine"]),
+        ),
+    )
+
+
+def _document(facts: Facts) -> Document:
+    verdict, explanation, reached = _verdict(facts)
+    per_class = zip(facts["classes"], facts["final"]["test_per_class"], strict=True)
+    return Document(
+        title=f"Pruning report: {facts['recipe']}",
+        verdict=verdict,
+        explanation=explanation,
+        reached=reached,
+        sections=(
+            _before_and_after(facts),
+            _rounds(facts),
+            Section(
+                title="Plots",
+                plots=(
+                    ("accuracy", "Accuracy and sparsity over the epochs"),
+                    ("rounds", "Validation accuracy against sparsity, round by round"),
+                    ("density", "Weights kept in each layer"),
+                ),
+            ),
+            _layers(facts),
+            Section(
+                title="Test accuracy of each class",
+                header=("class", "accuracy"),
+                rows=tuple((name, _percent(accuracy)) for name, accuracy in per_class),
+            ),
+            _wall_time(facts),
+            _origin(facts),
+        ),
+    )
+
+
+def _markdown_cell(text: str) -> str:
+    r"""Escape what Markdown would read as markup; underscores inside words are none.
+
+    Example:
+        >>> print(_markdown_cell("a|b <i> *x* weight_ih __main__"))
+        a\|b \<i> \*x\* weight_ih \_\_main\_\_
+    """
+    escaped = re.sub(r"[\\`*\[\]<&|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return " ".join(escaped.split())
+
+
+def _markdown_table(section: Section) -> list[str]:
+    table = [[_markdown_cell(cell) for cell in row] for row in (section.header, *section.rows)]
+    columns = range(len(section.header))
+    right = [section.numeric(column) for column in columns]
+    widths = [max(3, *(len(row[column]) for row in table)) for column in columns]
+    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
+    body = [
+        [
+            cell.rjust(w) if r else cell.ljust(w)
+            for cell, w, r in zip(row, widths, right, strict=True)
+        ]
+        for row in table
+    ]
+    return [f"| {' | '.join(row)} |" for row in (body[0], rule, *body[1:])]
+
+
+def _markdown(document: Document) -> str:
+    lines = [f"# {_markdown_cell(document.title)}", ""]
+    lines += [f"**{document.verdict}** {_markdown_cell(document.explanation)}", ""]
+    for section in document.sections:
+        lines += [f"## {section.title}", ""]
+        if section.rows:
+            lines += [*_markdown_table(section), ""]
+        for stem, caption in section.plots:
+            lines += [f"![{caption}](plots/{stem}.png)", ""]
+        if section.note:
+            lines += [_markdown_cell(section.note), ""]
+    return "\n".join(lines)
+
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1d2126; --soft: #5c6570; --line: #dfe3e8;
+  --paper: #ffffff; --tint: #f5f7f9; --good: #009e73; --bad: #d55e00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa5b1; --line: #363c44;
+  --paper: #16191d; --tint: #1e2227; } }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; color: var(--ink);
+  background: var(--paper); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }
+.verdict { margin: 0; padding: .8rem 1rem; background: var(--tint);
+  border-left: .3rem solid var(--good); font-size: 1.05rem; }
+.verdict.short { border-color: var(--bad); }
+.verdict.short strong { color: var(--bad); }
+.note, figcaption { color: var(--soft); font-size: .875rem; }
+.note { margin: .5rem 0 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
+  vertical-align: top; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+.n { text-align: right; }
+td.n { white-space: nowrap; }
+td:first-child { min-width: 6.2rem; }
+figure { margin: 0 0 1.5rem; }
+img { display: block; width: 100%; height: auto; border-radius: .4rem; background: #ffffff; }
+@media print { body { max-width: none; padding: 0; } tr, figure { break-inside: avoid; } }
+"""
+
+
+def _html_table(section: Section) -> str:
+    columns = range(len(section.header))
+    classes = [' class="n"' if section.numeric(column) else "" for column in columns]
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        inner = (
+            f"<{tag}{attribute}>{escape(cell)}</{tag}>"
+            for cell, attribute in zip(cells, classes, strict=True)
+        )
+        return f"<tr>{''.join(inner)}</tr>"
+
+    head = row(section.header, "th")
+    body = "\n".join(row(cells, "td") for cells in section.rows)
+    return (
+        f'<div class="scroll"><table>\n<thead>{head}</thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _html(document: Document, images: Mapping[str, bytes]) -> str:
+    parts = []
+    for section in document.sections:
+        parts.append(f"<h2>{escape(section.title)}</h2>")
+        if section.rows:
+            parts.append(_html_table(section))
+        for stem, caption in section.plots:
+            data = base64.b64encode(images[stem]).decode("ascii")
+            parts.append(
+                f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+                f"<figcaption>{escape(caption)}</figcaption></figure>"
+            )
+        if section.note:
+            parts.append(f'<p class="note">{escape(section.note)}</p>')
+    mood = "verdict" if document.reached else "verdict short"
+    title = escape(document.title)
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>",
+            f"<h1>{title}</h1>",
+            f'<p class="{mood}"><strong>{escape(document.verdict)}</strong> '
+            f"{escape(document.explanation)}</p>",
+            *parts,
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def _figures(
+    facts: Facts, history: Sequence[Mapping[str, float | str | None]]
+) -> dict[str, Figure]:
+    rounds = facts["rounds"]
+    return {
+        "accuracy": accuracy_figure(
+            history,
+            [(line["round"], line["epoch"], line["pruned_accuracy"]) for line in rounds],
+            facts["dense"]["epochs"],
+        ),
+        "rounds": rounds_figure(
+            facts["dense"]["val_accuracy"],
+            [
+                (line["sparsity"], line["pruned_accuracy"], line["fine_tuned_accuracy"])
+                for line in rounds
+            ],
+        ),
+        "density": density_figure(
+            [
+                (layer["name"], layer["weights"] - layer["zeros"], layer["weights"])
+                for layer in facts["layers"]
+            ]
+        ),
+    }
+
+
+def _without_nan(value: object) -> object:
+    """Replace what JSON cannot say (NaN and infinities) by None.
+
+    Example:
+        >>> _without_nan({"loss": [1.0, float("nan")]})
+        {'loss': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_report(
+    folder: Path, facts: Facts, history: Sequence[Mapping[str, float | str | None]]
+) -> None:
+    """Write report.json, report.md, report.html and plots/ into a run folder.
+
+    Each file is written whole or not at all, `report.json` first: the others follow from it and
+    the history.
+
+    Args:
+        folder: The run folder.
+        facts: What the run found, in plain builtins.
+        history: One row an epoch over both stages: `stage` ("dense" or "rounds"), `epoch` (from
+            0), `round`, `sparsity`, `lr`, `train_loss`, `train_accuracy`, `val_loss`,
+            `val_accuracy`; any of them may be None.
+    """
+    document = _document(facts)
+    facts_json = json.dumps(_without_nan(facts), indent=2, ensure_ascii=False, allow_nan=False)
+    with write_whole(folder / "report.json") as path:
+        path.write_text(facts_json + "\n", encoding="utf-8")
+    images = {}
+    for stem, figure in _figures(facts, history).items():
+        with write_whole(folder / "plots" / f"{stem}.png") as path:
+            figure.savefig(path)
+            images[stem] = path.read_bytes()
+    with write_whole(folder / "report.md") as path:
+        path.write_text(_markdown(document), encoding="utf-8")
+    with write_whole(folder / "report.html") as path:
+        path.write_text(_html(document, images), encoding="utf-8")
+
+
+def summary(facts: Facts) -> RichTable:
+    """Build the short table, before and after, that a run prints at its end with rich.
+
+    Example:
+        `rich.print(summary(facts))`
+    """
+    document = _document(facts)
+    section = document.sections[0]
+    table = RichTable(
+        title=Text(document.title),
+        caption=Text(f"{document.verdict} {document.explanation}"),
+        caption_justify="left",
+    )
+    for index, name in enumerate(section.header):
+        table.add_column(name, justify="right" if section.numeric(index) else "left")
+    for row in section.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

@@ -1,0 +1,93 @@
+"""Put things back to an earlier point: the learning rate; and optimizer state after a prune."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+Schedulers = Sequence[LRScheduler | ReduceLROnPlateau]
+
+
+class LearningRateSnapshot:
+    """The learning-rate schedule as it stood at one moment, to be started again from there.
+
+    Holds what the schedulers know and the hyperparameters of each parameter group (learning rate,
+    momentum, …), and nothing of the weights or the optimizer's state.
+
+    Args:
+        optimizers: The optimizers.
+        schedulers: Their learning-rate schedulers.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.1)
+        >>> snapshot = LearningRateSnapshot([optimizer], [scheduler])
+        >>> optimizer.step(); scheduler.step(); round(optimizer.param_groups[0]["lr"], 6)
+        0.01
+        >>> snapshot.restore([optimizer], [scheduler]); optimizer.param_groups[0]["lr"]
+        0.1
+
+    References:
+        Renda et al. 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning",
+        https://arxiv.org/abs/2003.02389.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], schedulers: Schedulers) -> None:
+        self.groups = [
+            [
+                {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+                for group in optimizer.param_groups
+            ]
+            for optimizer in optimizers
+        ]
+        self.schedulers = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+
+    def restore(self, optimizers: Sequence[Optimizer], schedulers: Schedulers) -> None:
+        """Put the learning rates and schedulers back as they were."""
+        for scheduler, state in zip(schedulers, self.schedulers, strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
+        for optimizer, groups in zip(optimizers, self.groups, strict=True):
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update(copy.deepcopy(saved))
+
+    def state(self) -> dict[str, Any]:
+        """The snapshot as builtins and tensors."""
+        return {"groups": self.groups, "schedulers": self.schedulers}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> LearningRateSnapshot:
+        """The snapshot that `state` was taken from."""
+        snapshot = cls([], [])
+        snapshot.groups, snapshot.schedulers = state["groups"], state["schedulers"]
+        return snapshot
+
+
+@torch.no_grad()
+def zero_pruned_state(
+    optimizers: Sequence[Optimizer], masks: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Zero what optimizers remember (momentum, moments) of pruned weights.
+
+    A remembered momentum would move a pruned weight, and a weight that has no gradient any more
+    should not have one either. LBFGS keeps one vector for all parameters, hence its state is reset.
+
+    Args:
+        optimizers: The optimizers.
+        masks: Pairs (parameter, bool mask of its shape, True = keep).
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            optimizer.state.clear()
+        for parameter, mask in masks:
+            # `in` first: the state is a defaultdict, and asking for an entry would make one.
+            if parameter in optimizer.state:
+                for value in optimizer.state[parameter].values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.masked_fill_(~mask, 0)

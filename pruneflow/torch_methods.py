@@ -1,0 +1,136 @@
+"""Let any `torch.nn.utils.prune.BasePruningMethod` choose the masks, with torch's own semantics.
+
+A class (or a `functools.partial` of one) that takes `amount` is driven by the schedule: each round
+gives it the number of weights or channels still to prune. An instance keeps its own amount, as does
+a class that takes none, and is applied once a round to what the rounds before have left.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import prune
+
+from pruneflow.masks import MaskSet, check_finite
+from pruneflow.plan import pruned_count
+
+TorchMethod = prune.BasePruningMethod | Callable[..., prune.BasePruningMethod]
+
+
+def is_torch_method(importance: Any) -> bool:
+    """Whether `importance` is a torch pruning method: an instance, a class or a partial of one."""
+    return isinstance(importance, prune.BasePruningMethod) or _class(importance) is not None
+
+
+def keeps_own_amount(method: TorchMethod) -> bool:
+    """Whether `method` decides by itself how much a round removes.
+
+    Example:
+        >>> keeps_own_amount(prune.L1Unstructured), keeps_own_amount(prune.L1Unstructured(0.2))
+        (False, True)
+    """
+    cls = _class(method)
+    return cls is None or "amount" not in inspect.signature(cls).parameters
+
+
+@torch.no_grad()
+def torch_masks(
+    tensors: Mapping[str, Tensor],
+    sparsity: float | None,
+    *,
+    method: TorchMethod,
+    scope: str = "layer",
+    masks: Mapping[str, Tensor] | None = None,
+) -> MaskSet:
+    """Masks chosen by a torch pruning method, as `PruningContainer` composes them over rounds.
+
+    Args:
+        tensors: Qualified name -> live weights; with scope `"global"` they are joined in one
+            vector, as `prune.global_unstructured` does.
+        sparsity: Cumulative sparsity to reach, in [0, 1): of the weights for an unstructured
+            method, of the channels along its `dim` for a structured one. None for a method that
+            keeps its own amount.
+        method: A `BasePruningMethod` class, a partial of one, or an instance.
+        scope: `"layer"`, or `"global"` for unstructured methods.
+        masks: The masks so far; None for none.
+
+    Raises:
+        ValueError: If `scope` does not go with the method, or weights are not finite.
+
+    Example:
+        >>> weights = {"weight": torch.tensor([[4.0, -1.0], [-3.0, 2.0]])}
+        >>> torch_masks(weights, 0.5, method=prune.L1Unstructured)["weight"]
+        tensor([[ True, False],
+                [ True, False]])
+    """
+    check_finite(tensors)
+    before = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in tensors.items()}
+    before.update(masks or {})
+    if scope == "layer":
+        return MaskSet(
+            {
+                name: _apply(method, name, tensor.detach(), before[name], sparsity)
+                for name, tensor in tensors.items()
+            }
+        )
+    cls = _class(method) or type(method)
+    if scope != "global" or cls.PRUNING_TYPE != "unstructured":  # type: ignore[union-attr]
+        raise ValueError(
+            f"`scope` is expected to be 'layer' for {cls.__name__} ({cls.PRUNING_TYPE}), or "  # type: ignore[union-attr]
+            f"'global' for an unstructured method, but {scope!r} came; torch.nn.utils.prune has no "
+            "other scopes"
+        )
+    joined = torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
+    held = torch.cat([before[name].reshape(-1) for name in tensors])
+    mask = _apply(method, "", joined, held, sparsity)
+    parts = mask.split([tensor.numel() for tensor in tensors.values()])
+    return MaskSet(
+        {
+            name: part.reshape(tensor.shape)
+            for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+        }
+    )
+
+
+def _apply(
+    method: TorchMethod, name: str, tensor: Tensor, before: Tensor, sparsity: float | None
+) -> Tensor:
+    if not isinstance(method, prune.BasePruningMethod):
+        method = method() if sparsity is None else _still_to_prune(method, before, sparsity)
+    # A container applies its last method to what earlier ones left, exactly as torch does when a
+    # tensor is pruned again; it insists on methods that know the name of their tensor.
+    method._tensor_name = name
+    container = prune.PruningContainer(method)
+    mask: Tensor = container.compute_mask(tensor, before.to(tensor.dtype))
+    return mask.bool()
+
+
+def _still_to_prune(
+    method: Callable[..., prune.BasePruningMethod], before: Tensor, sparsity: float
+) -> prune.BasePruningMethod:
+    probe = method(amount=0)
+    if probe.PRUNING_TYPE == "structured":  # type: ignore[attr-defined]  # set by subclasses
+        dim = probe.dim  # type: ignore[attr-defined]  # every structured method of torch has it
+        others = [axis for axis in range(before.dim()) if axis != dim % before.dim()]
+        units = before.any(dim=others) if others else before
+    else:
+        units = before
+    pruned = int((~units).sum())
+    count = pruned_count(sparsity, units.numel())
+    if count < pruned:
+        raise ValueError(
+            f"`sparsity` is expected to be at least the present one, {pruned / units.numel():.6g}, "
+            f"but {sparsity!r} came; pruned weights stay pruned"
+        )
+    return method(amount=count - pruned)
+
+
+def _class(importance: Any) -> type[prune.BasePruningMethod] | None:
+    cls: Any = importance.func if isinstance(importance, partial) else importance
+    is_method = isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)
+    return cls if is_method else None

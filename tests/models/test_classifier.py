@@ -1,0 +1,127 @@
+from functools import partial
+
+import pytest
+import torch
+from lightning import LightningDataModule, Trainer
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from pruneflow.data import Digits
+from pruneflow.models import Classifier, cosine, multistep, small_cnn
+
+SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def trainer(epochs):
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    data = Digits(batch_size=64)
+    module = Classifier(small_cnn(10, 1, width=16), 10, SGD, partial(cosine, epochs=4))
+    fitted = trainer(4)
+    fitted.fit(module, data)
+    return module, data, fitted
+
+
+def test_digits_are_learned(trained):
+    module, data, fitted = trained
+    (results,) = trainer(1).test(module, data, verbose=False)
+    assert results["test_accuracy"] > 0.95
+    assert fitted.callback_metrics["val_accuracy"] > 0.95
+    assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} == set(
+        fitted.callback_metrics
+    )
+
+
+def test_metrics_are_those_of_the_whole_set(trained):
+    module, data, _ = trained
+    (results,) = trainer(1).test(module, data, verbose=False)
+    batches = list(data.test_dataloader())
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    with torch.no_grad():
+        logits = module.eval()(images)
+    right = logits.argmax(1) == labels
+    assert results["test_loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
+    assert results["test_accuracy"] == pytest.approx(right.float().mean().item())
+    expected = [right[labels == digit].float().mean().item() for digit in range(10)]
+    assert module.test_per_class == pytest.approx(expected)
+
+
+def test_state_dict_is_the_networks_alone(trained):
+    module, _, _ = trained
+    expected = [f"network.{key}" for key in module.network.state_dict()]
+    assert list(module.state_dict()) == expected
+
+
+class TwoBatches(LightningDataModule):
+    """Of unequal size."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [
+            (torch.randn(size, 1, 8, 8, generator=generator), torch.zeros(size).long())
+            for size in (5, 3)
+        ]
+
+    def train_dataloader(self):
+        return self.batches
+
+    val_dataloader = train_dataloader
+
+
+def test_training_metrics_weigh_images_alike_and_start_again_each_epoch():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    module = Classifier(network, 2, partial(torch.optim.SGD, lr=0.0), label_smoothing=0.2)
+    data = TwoBatches()
+    images = torch.cat([images for images, _ in data.batches])
+    labels = torch.zeros(8).long()
+    for epochs in (1, 3):
+        fitted = trainer(epochs)
+        fitted.fit(module, data)
+        expected = cross_entropy(network(images), labels, label_smoothing=0.2).item()
+        assert fitted.callback_metrics["train_loss"].item() == pytest.approx(expected, rel=1e-5)
+        share = (network(images).argmax(1) == 0).float().mean().item()
+        assert fitted.callback_metrics["train_accuracy"].item() == pytest.approx(share)
+
+
+def test_the_learning_rate_is_stepped_once_an_epoch():
+    rates = []
+
+    class Recorder(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            rates.append(self.optimizers().param_groups[0]["lr"])
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    optimizer = partial(torch.optim.SGD, lr=1.0)
+    trainer(4).fit(Recorder(network, 2, optimizer, partial(multistep, epochs=4)), TwoBatches())
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_channels_last_reaches_weights_and_images_and_changes_no_result():
+    network = small_cnn(10, 3, width=4).eval()
+    images = torch.randn(2, 3, 8, 8)
+    expected = network(images)
+    module = Classifier(network, 10, SGD, channels_last=True)
+    formats = []
+    network[3].register_forward_pre_hook(
+        lambda layer, args: formats.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    torch.testing.assert_close(module(images), expected)
+    assert formats == [True]
+    assert network[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_label_smoothing_out_of_range_is_named():
+    with pytest.raises(ValueError, match="`label_smoothing`"):
+        Classifier(nn.Identity(), 2, SGD, label_smoothing=1.0)

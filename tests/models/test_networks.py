@@ -1,0 +1,107 @@
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pruneflow.models import small_cnn, torchvision_model
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("pixels", [8, 9, 28])
+def test_small_cnn_takes_any_small_image(channels, pixels):
+    network = small_cnn(num_classes=7, in_channels=channels, width=4)
+    assert network(torch.zeros(2, channels, pixels, pixels)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cifar_stem_keeps_the_resolution(name, channels):
+    network = torchvision_model(name, 10, in_channels=channels, stem="cifar")
+    assert network.conv1.weight.shape == (64, channels, 3, 3)
+    shapes = []
+    network.layer1.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    network.layer4.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    assert network.eval()(torch.zeros(2, channels, 32, 32)).shape == (2, 10)
+    assert shapes[0] == (2, 64, 32, 32)
+    assert shapes[1][2:] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "googlenet"],
+)
+def test_any_torchvision_network_is_built_and_trains_without_warnings(name):
+    network = torchvision_model(name, num_classes=5, in_channels=1)
+    logits = network(torch.zeros(2, 1, 64, 64))
+    assert logits.shape == (2, 5)
+    logits.sum().backward()
+
+
+def test_the_first_convolution_alone_changes_with_the_channels():
+    usual, grey = (torchvision_model("resnet18", 10, in_channels=k) for k in (3, 1))
+    shapes = [
+        {key: value.shape for key, value in network.state_dict().items()}
+        for network in (usual, grey)
+    ]
+    assert shapes[1].pop("conv1.weight") == (64, 1, 7, 7)
+    del shapes[0]["conv1.weight"]
+    assert shapes[0] == shapes[1]
+    assert (grey.conv1.stride, grey.conv1.padding, grey.conv1.bias) == ((2, 2), (3, 3), None)
+
+
+def test_unknown_name_gets_near_ones():
+    with pytest.raises(ValueError, match=r"`name`.*'resnet_18'.*resnet18"):
+        torchvision_model("resnet_18", 10)
+
+
+def test_stems_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"`stem`='cifar'.*'squeezenet1_1'"):
+        torchvision_model("squeezenet1_1", 10, stem="cifar")
+    with pytest.raises(ValueError, match=r"`stem`.*'tiny'"):
+        torchvision_model("resnet18", 10, stem="tiny")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    network = torchvision_model("resnet18", 10, stem="cifar")
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    return network, tmp_path
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_are_read_from_a_file(saved, suffix):
+    network, folder = saved
+    again = torchvision_model("resnet18", 10, stem="cifar", weights=folder / f"weights.{suffix}")
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
+
+
+def test_another_number_of_classes_starts_the_head_afresh(saved, caplog):
+    network, folder = saved
+    with caplog.at_level(logging.WARNING):
+        other = torchvision_model(
+            "resnet18", 7, stem="cifar", weights=folder / "weights.safetensors"
+        )
+    assert "fc.bias" in caplog.text
+    assert other.fc.weight.shape == (7, 512)
+    assert torch.equal(network.layer4[1].conv2.weight, other.layer4[1].conv2.weight)
+
+
+def test_weights_that_do_not_fit_are_refused(saved):
+    _, folder = saved
+    weights = folder / "weights.pt"
+    with pytest.raises(ValueError, match=r"conv1\.weight of shape \(64, 3, 3, 3\), not"):
+        torchvision_model("resnet18", 10, weights=weights)
+    with pytest.raises(ValueError, match=r"`weights`.*missing, unknown"):
+        torchvision_model("resnet34", 10, stem="cifar", weights=weights)
+    with pytest.raises(ValueError, match=r"`weights`.*IMAGENET1K_V1.*'nowhere.pt'"):
+        torchvision_model("resnet18", 10, weights="nowhere.pt")
+
+
+def test_pickled_modules_are_not_executed(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"`weights`.*state_dict"):
+        torchvision_model("resnet18", 10, weights=tmp_path / "module.pt")

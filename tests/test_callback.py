@@ -1,0 +1,307 @@
+import csv
+import json
+import logging
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn.utils import prune
+
+from pruneflow import (
+    Compounding,
+    InPlace,
+    Linear,
+    OneShot,
+    PruningCallback,
+    Random,
+    Reparametrize,
+    sparsity,
+)
+
+both = pytest.mark.parametrize("masking", [InPlace, Reparametrize])
+
+
+class Watch(L.Callback):
+    """Records, after each epoch, the sparsity of the weights and the learning rate."""
+
+    def __init__(self):
+        self.seen = []
+        self.rates = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        state = pl_module.state_dict()
+        weights = torch.cat([state[f"{name}.weight"].flatten() for name in ("body", "head")])
+        self.seen.append(round((weights == 0).float().mean().item(), 3))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+@both
+def test_runs_the_plan_and_ends_removed(model, batches, trainer, masking, caplog):
+    caplog.set_level(logging.INFO)
+    pruning = PruningCallback(
+        Compounding(target=0.9, rounds=2), start_epoch=1, epochs_per_round=2, masking=masking()
+    )
+    watch = Watch()
+    trainer(pruning, watch).fit(model, batches)
+    assert watch.seen == [0.0, 0.684, 0.684, 0.9, 0.9, 0.9]
+    assert sparsity(model) == pruning.sparsity == 0.9
+    assert list(model.state_dict()) == ["body.weight", "body.bias", "head.weight", "head.bias"]
+    assert "amount of the remaining" in caplog.text
+    assert "3 epochs of fine-tuning follow" in caplog.text
+
+
+def test_learns_at_98_percent(model, batches, trainer):
+    pruning = PruningCallback(Compounding(target=0.98, rounds=4), epochs_per_round=4, start_epoch=4)
+    fit = trainer(pruning, max_epochs=24)
+    fit.fit(model, batches)
+    assert sparsity(model) == pytest.approx(0.98, abs=1e-3)
+    assert fit.validate(model, batches, verbose=False)[0]["val_accuracy"] > 0.9
+
+
+def test_step_clock_prunes_at_the_start_of_a_step(model, batches, trainer):
+    seen = {}
+
+    class Steps(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen[trainer.global_step] = round(sparsity(pl_module), 2)
+
+    pruning = PruningCallback(Linear(0.8, 2), start_step=2, steps_per_round=5)
+    trainer(pruning, Steps(), max_epochs=-1, max_steps=9).fit(model, batches)
+    assert [seen[step] for step in range(1, 10)] == [0, 0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.8, 0.8]
+
+
+def test_a_plan_that_cannot_finish_is_refused_before_training(model, batches, trainer):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"`max_epochs`=6.*raise `max_epochs` to 9"):
+        trainer(PruningCallback(Linear(0.9, 3), epochs_per_round=3)).fit(model, batches)
+    with pytest.raises(ValueError, match=r"`max_steps`=24"):
+        trainer(PruningCallback(OneShot(0.9), start_step=24)).fit(model, batches)
+    with pytest.raises(ValueError, match=r"near names: body"):
+        trainer(PruningCallback(OneShot(0.9), exclude=["bdoy.*"])).fit(model, batches)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_logs_sparsity_to_the_logger_and_the_progress_bar(model, batches, trainer, tmp_path):
+    shown = {}
+
+    class Bar(TQDMProgressBar):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            shown.update(self.get_metrics(trainer, pl_module))
+
+    logger = CSVLogger(tmp_path)
+    pruning = PruningCallback(OneShot(0.75), start_epoch=1, scope="layer")
+    trainer(
+        pruning,
+        Bar(),
+        logger=logger,
+        max_epochs=3,
+        enable_progress_bar=True,
+        log_every_n_steps=1,
+    ).fit(model, batches)
+    with (tmp_path / logger.name / "version_0" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["sparsity"]]
+    assert [float(row["sparsity"]) for row in rows] == [0.0, 0.75, 0.75]
+    assert [float(row["round"]) for row in rows] == [0, 1, 1]
+    assert float(rows[-1]["sparsity/body.weight"]) == 0.75
+    assert float(rows[-1]["sparsity/head.weight"]) == 0.75
+    assert shown["sparsity"] == 0.75
+    assert shown["round"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("when", ["epoch_end", "mid_epoch"])
+@both
+@pytest.mark.parametrize("stop_after", [2, 3, 4])
+def test_resumes_with_the_same_masks_and_plan_position(
+    model, batches, trainer, tmp_path, masking, stop_after, when
+):
+    def pruning():
+        return PruningCallback(
+            Compounding(target=0.9, rounds=3),
+            epochs_per_round=2,
+            importance=Random(5),
+            masking=masking(),
+            rewind="learning_rate",
+        )
+
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    path = tmp_path / "last.ckpt"
+
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if when == "epoch_end" and trainer.current_epoch == stop_after:
+                trainer.save_checkpoint(path)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if when == "mid_epoch" and trainer.current_epoch == stop_after and batch_idx == 1:
+                trainer.save_checkpoint(path)
+
+    whole, watch = pruning(), Watch()
+    trainer(whole, watch, Save()).fit(model, batches)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+
+    model.load_state_dict(start)
+    resumed, again = pruning(), Watch()
+    other = type(model)()
+    trainer(resumed, again).fit(other, batches, ckpt_path=path)
+    assert watch.seen[-len(again.seen) :] == again.seen
+    assert resumed.round == 3
+    for name, value in other.state_dict().items():
+        assert torch.equal(value == 0, expected[name] == 0)
+        # Batches come in a fixed order, so from an epoch's end the weights are those of one run.
+        assert when == "mid_epoch" or torch.equal(value, expected[name])
+    saved = torch.load(path, weights_only=True)
+    assert set(saved["state_dict"]) == set(expected)
+
+
+def test_state_is_small_tensors_and_builtins(model, batches, trainer, tmp_path):
+    pruning = PruningCallback(OneShot(0.9), rewind="learning_rate")
+    fit = trainer(pruning, max_epochs=1)
+    fit.fit(model, batches)
+    torch.save(pruning.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    bits = [state["masks"][name].pop("bits") for name in state["masks"]]
+    assert sum(len(packed) for packed in bits) == 1100 // 8 + 1  # one bit a weight
+    json.dumps(state)  # nothing but builtins is left
+
+
+def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_path):
+    fit = trainer(PruningCallback(Linear(0.9, 2)), max_epochs=2)
+    fit.fit(model, batches)
+    path = tmp_path / "two.ckpt"
+    fit.save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"0\.45 at epoch 0.*those of this training 0\.3 at"):
+        trainer(PruningCallback(Linear(0.9, 3))).fit(type(model)(), batches, ckpt_path=path)
+    checkpoint = torch.load(path)
+    next(iter(checkpoint["callbacks"].values()))["version"] = 99
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="version 1, but 99 came"):
+        trainer(PruningCallback(Linear(0.9, 2))).fit(type(model)(), batches, ckpt_path=path)
+
+
+def test_a_second_fit_holds_the_zeros_and_a_new_model_starts_over(model, batches, trainer):
+    pruning, watch = PruningCallback(OneShot(0.8), start_epoch=2), Watch()
+    trainer(pruning, max_epochs=3).fit(model, batches)
+    zeros = model.body.weight == 0
+    trainer(pruning, watch, max_epochs=2).fit(model, batches)
+    assert watch.seen == [0.8, 0.8]
+    assert torch.equal(model.body.weight == 0, zeros)
+    other, watch = type(model)(), Watch()
+    trainer(pruning, watch, max_epochs=4).fit(other, batches)
+    assert watch.seen == [0, 0, 0.8, 0.8]
+
+
+def test_validate_test_and_predict_never_prune(model, batches, trainer):
+    fit = trainer(PruningCallback(OneShot(0.9)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fit.validate(model, batches, verbose=False)
+    fit.test(model, batches, verbose=False)
+    fit.predict(model, batches)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@both
+@pytest.mark.parametrize("error", [RuntimeError("the disk is full"), KeyboardInterrupt()])
+def test_removes_after_an_exception_without_hiding_it(model, batches, trainer, masking, error):
+    class Fail(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise error
+
+    pruning = PruningCallback(OneShot(0.9), masking=masking())
+    expected = SystemExit if isinstance(error, KeyboardInterrupt) else type(error)
+    with pytest.raises(expected):
+        trainer(pruning, Fail()).fit(model, batches)
+    assert list(model.state_dict()) == ["body.weight", "body.bias", "head.weight", "head.bias"]
+    assert sparsity(model) == pruning.sparsity == 0.9
+    assert not model.body._forward_pre_hooks
+    assert not model.body.weight._post_accumulate_grad_hooks
+
+
+def test_an_exception_is_not_hidden_by_a_failing_remove(model, batches, trainer):
+    class Stubborn(InPlace):
+        def remove(self):
+            raise OSError("cannot let go")
+
+    class Fail(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full") as caught:
+        trainer(PruningCallback(OneShot(0.9), masking=Stubborn()), Fail()).fit(model, batches)
+    assert "cannot let go" in caught.value.__notes__[0]
+
+
+def test_weights_that_are_not_finite_stop_the_training_by_name(model, batches, trainer):
+    model.head.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or infinity is in 'head\.weight'"):
+        trainer(PruningCallback(OneShot(0.9))).fit(model, batches)
+    assert sparsity(model) == 0
+
+
+def test_ending_below_the_target_is_said(model, batches, trainer):
+    class Stop(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    pruning = PruningCallback(Linear(0.9, 3), epochs_per_round=2)
+    with pytest.warns(UserWarning, match=r"round 1 of 3, at sparsity 0\.3000, below the target"):
+        trainer(pruning, Stop()).fit(model, batches)
+
+
+def test_fast_dev_run_prunes_once_to_the_target(model, batches, trainer):
+    pruning = PruningCallback(Linear(0.9, 3), epochs_per_round=20, start_epoch=50)
+    trainer(pruning, fast_dev_run=True).fit(model, batches)
+    assert sparsity(model) == 0.9
+
+
+def test_learning_rate_restarts_each_round(model, batches, trainer):
+    watch = Watch()
+    pruning = PruningCallback(
+        Linear(0.5, 2), start_epoch=2, epochs_per_round=2, rewind="learning_rate"
+    )
+    trainer(pruning, watch).fit(model, batches)
+    assert watch.rates == pytest.approx([0.1, 0.09, 0.1, 0.09, 0.1, 0.09])
+
+
+def test_torch_instance_takes_a_number_of_rounds(model, batches, trainer):
+    pruning = PruningCallback(3, importance=prune.L1Unstructured(0.5), scope="layer")
+    trainer(pruning).fit(model, batches)
+    assert sparsity(model) == pytest.approx(0.875, abs=1e-3)
+
+
+def test_a_plain_checkpoint_loads_into_the_plain_model(model, batches, trainer, tmp_path):
+    saver = ModelCheckpoint(tmp_path)
+    fit = trainer(
+        PruningCallback(OneShot(0.9), masking=Reparametrize()), saver, enable_checkpointing=True
+    )
+    fit.fit(model, batches)
+    loaded = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    other = type(model)()
+    other.load_state_dict(loaded, strict=True)
+    assert sparsity(other) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(schedule=3), "`schedule` is expected to be a schedule"),
+        (
+            dict(schedule=OneShot(0.5), importance=prune.L1Unstructured(0.5)),
+            "`schedule` is expected to be the number of rounds",
+        ),
+        (dict(schedule=OneShot(0.5), start_epoch=1, start_step=3), "one pair at a time"),
+        (dict(schedule=OneShot(0.5), epochs_per_round=0), "`epochs_per_round`"),
+        (dict(schedule=OneShot(0.5), rewind="weights"), "`rewind` is expected to be"),
+        (dict(schedule=[0.5, 1.5]), r"`sparsities` is expected to be a number in \[0, 1\)"),
+    ],
+)
+def test_bad_arguments_fail_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PruningCallback(**arguments)

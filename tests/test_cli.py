@@ -1,0 +1,252 @@
+"""The command line as a user meets it: real processes on the real digits."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pruneflow.models import small_cnn
+
+QUICK = ("dense.epochs=2", "pruning.epochs=3", "schedule.rounds=3", "trainer.accelerator=cpu")
+
+
+def pruneflow(*arguments, cwd, check=True):
+    run = subprocess.run(
+        [sys.executable, "-m", "pruneflow", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check and run.returncode:
+        pytest.fail(run.stdout + run.stderr)
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, and what it printed."""
+    cwd = tmp_path_factory.mktemp("cli")
+    run = pruneflow(*QUICK, "hydra.run.dir=run", cwd=cwd)
+    return cwd / "run", run.stdout
+
+
+def facts(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_run_folder(finished):
+    folder, _ = finished
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files >= {
+        "config.yaml",
+        "plan.txt",
+        "metrics.csv",
+        "checkpoints/dense.safetensors",
+        "model.safetensors",
+        "report.json",
+        "report.md",
+        "report.html",
+        "plots/accuracy.png",
+        "plots/rounds.png",
+        "plots/density.png",
+    }
+    assert not [name for name in files if "partial" in name]
+
+
+def test_the_plan_is_printed_before_training(finished):
+    folder, printed = finished
+    plan = (folder / "plan.txt").read_text()
+    assert plan in printed
+    assert printed.index("amount of the remaining") < printed.index("Dense phase")
+    assert printed.count("amount of the remaining") == 1
+
+
+def test_the_model_loads_strict_into_the_plain_network_with_exact_zeros(finished):
+    folder, _ = finished
+    report = facts(folder)
+    network = small_cnn(num_classes=10, in_channels=1)
+    network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    zeros = sum(int((network.get_parameter(x["name"]) == 0).sum()) for x in report["layers"])
+    weights = sum(layer["weights"] for layer in report["layers"])
+    assert zeros == round(0.98 * weights) == sum(layer["zeros"] for layer in report["layers"])
+    remaining = sum(int((p != 0).sum()) for p in network.parameters())
+    assert report["size"]["remaining"] == pytest.approx(remaining, abs=2)  # a bias may be zero
+
+
+def test_the_report_agrees_with_the_metrics(finished):
+    folder, _ = finished
+    report = facts(folder)
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["dense"] * 2 + ["rounds"] * 3
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2, 3, 4]
+    assert [int(row["round"]) for row in rows] == [0, 0, 1, 2, 3]
+    assert [line["epoch"] for line in report["rounds"]] == [2, 3, 4]
+    assert all(float(row["train_loss"]) > 0 for row in rows)
+    for line, row in zip(report["rounds"], rows[2:], strict=True):
+        assert line["sparsity"] == pytest.approx(float(row["sparsity"]))
+        assert line["fine_tuned_accuracy"] == float(row["val_accuracy"])
+    assert report["final"]["val_accuracy"] == pytest.approx(float(rows[-1]["val_accuracy"]))
+    assert report["dense"]["val_accuracy"] == pytest.approx(float(rows[1]["val_accuracy"]))
+    assert report["command"].startswith("python -m pruneflow dense.epochs=2")
+
+
+def test_a_sweep_trains_the_dense_phase_once_and_gives_the_same_as_single_runs(tmp_path, finished):
+    single, _ = finished
+    pruneflow(
+        "-m",
+        "recipe=digits",
+        "schedule=compounding,linear",
+        "schedule.target=0.5,0.98",
+        *QUICK,
+        "hydra.sweep.dir=sweep",
+        cwd=tmp_path,
+    )
+    reports = [facts(tmp_path / "sweep" / str(job)) for job in range(4)]
+    assert [report["dense_cached"] for report in reports] == [False, True, True, True]
+    assert [round(report["final"]["sparsity"], 3) for report in reports] == [0.5, 0.98, 0.5, 0.98]
+    assert [report["schedule"].split("(")[0] for report in reports] == [
+        "Compounding",
+        "Compounding",
+        "Linear",
+        "Linear",
+    ]
+    assert len({report["dense"]["test_accuracy"] for report in reports}) == 1
+    # Whether the dense phase came from the cache changes nothing.
+    ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "sweep" / "1", single)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_layer_scope_reparametrize_rewind_and_other_groups(tmp_path):
+    pruneflow(
+        *QUICK,
+        "schedule=cubic",
+        "schedule.target=0.8",
+        "pruning.scope=layer",
+        "pruning.rewind=learning_rate",
+        "masking=reparametrize",
+        "optimizer=adamw",
+        "lr_scheduler=multistep",
+        "importance=random",
+        "logger=csv",
+        "classifier.channels_last=true",
+        "classifier.label_smoothing=0.1",
+        "trainer.precision=bf16-mixed",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    for layer in facts(tmp_path / "run")["layers"]:
+        assert layer["zeros"] == round(0.8 * layer["weights"])
+
+
+def test_structured_torch_method(tmp_path):
+    pruneflow(
+        *QUICK,
+        "importance=ln_structured",
+        "pruning.scope=layer",
+        "schedule.target=0.5",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    assert facts(tmp_path / "run")["final"]["sparsity"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_starts_from_given_weights_without_a_dense_phase(tmp_path, finished):
+    folder, _ = finished
+    pruneflow(
+        *QUICK[1:],
+        "dense.epochs=0",
+        f"dense.weights={folder / 'checkpoints' / 'dense.safetensors'}",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    report = facts(tmp_path / "run")
+    assert report["dense"]["test_accuracy"] == facts(folder)["dense"]["test_accuracy"]
+    assert report["plan"][0]["at"] == 0
+
+
+def test_help_and_cfg(tmp_path):
+    shown = pruneflow("--help", cwd=tmp_path).stdout
+    for word in ("resnet18_cifar10_short", "schedule: compounding, cubic", "pruning:"):
+        assert word in shown
+    config = pruneflow("--cfg", "job", "recipe=resnet18_cifar10_local", cwd=tmp_path).stdout
+    assert "scope: layer" in config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["schedule.target=1.2"], "`target` is expected to be a number in [0, 1), but 1.2 came"),
+        (["schedule.rounds=50"], "`pruning.epochs` is expected to give each of 50 rounds"),
+        (["trainer.max_epochs=3"], "set those"),
+        (["pruning.exclude=['fc.*']"], "`exclude` pattern 'fc.*' is expected to match"),
+        (["pruning.scope=channel"], "`scope` is expected to be"),
+        (["data=image_folder", "data.root=nowhere"], "nowhere"),
+        (["dense.weights=nowhere.pt"], "'nowhere.pt' is expected to be a file"),
+        (["recipe=resnet"], "resnet18_cifar10_short"),
+        (["schedule=cubik"], "one_shot"),
+        (["pruning.epoch=3"], "pruning.epoch"),
+    ],
+)
+def test_bad_input_is_refused_before_any_training(tmp_path, arguments, message):
+    run = pruneflow(*arguments, "hydra.run.dir=run", cwd=tmp_path, check=False)
+    assert run.returncode != 0
+    assert message in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+    assert "Dense phase" not in run.stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "other.pt")
+    run = pruneflow("dense.weights=other.pt", cwd=tmp_path, check=False)
+    assert "`weights`='other.pt' is expected to fit the network" in run.stderr
+
+
+def test_a_misspelt_key_in_a_users_recipe_is_refused_with_near_names(tmp_path):
+    recipes = tmp_path / "mine" / "recipe"
+    recipes.mkdir(parents=True)
+    text = "# @package _global_\nprunning:\n  epochs: 3\ndense:\n  epoch: 2\n"
+    (recipes / "typo.yaml").write_text(text)
+    run = pruneflow("--config-dir", "mine", "recipe=typo", cwd=tmp_path, check=False)
+    assert run.returncode != 0
+    assert "sets `prunning`" in run.stderr
+    assert "near names: pruning" in run.stderr
+    assert "sets `dense.epoch`" in run.stderr
+    assert "dense.epochs" in run.stderr
+    (recipes / "good.yaml").write_text(
+        text.replace("prunning", "pruning").replace("epoch:", "epochs:")
+    )
+    pruneflow("--config-dir", "mine", "recipe=good", "schedule.rounds=3", cwd=tmp_path)
+
+
+def test_a_killed_run_leaves_no_half_written_file(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pruneflow", "hydra.run.dir=run", "pruning.epochs=500"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = tmp_path / "run" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and "rounds" in metrics.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with metrics.open() as file:
+        rows = list(csv.reader(file))
+    assert all(len(row) == len(rows[0]) for row in rows)
+    load_file(tmp_path / "run" / "checkpoints" / "dense.safetensors")
+    assert not (tmp_path / "run" / "report.json").exists()

@@ -1,0 +1,47 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from pruneflow.files import write_whole
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "sub" / "report.json"
+    with write_whole(target) as path:
+        path.write_text("old")
+
+    def fail():
+        with write_whole(target) as path:
+            path.write_text("half of the n")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert target.read_text() == "old"
+    assert [path.name for path in target.parent.iterdir()] == ["report.json"]
+
+
+def test_a_killed_process_leaves_no_half_written_file(tmp_path):
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from pruneflow.files import write_whole\n"
+        "with write_whole(Path(sys.argv[1])) as path:\n"
+        "    path.write_text('half of the n'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert target.read_text() == "old"
+    with write_whole(target) as path:
+        path.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_keeps_the_suffix_by_which_savers_choose_the_format(tmp_path):
+    with write_whole(tmp_path / "plot.png") as path:
+        assert path.suffix == ".png"
+        path.touch()

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from pruneflow.parameters import locate, select
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.up = nn.ConvTranspose1d(2, 2, 2)
+        self.norm = nn.BatchNorm2d(4)
+        self.embedding = nn.Embedding(5, 4)
+        self.lstm = nn.LSTM(4, 4)
+        self.cell = nn.GRUCell(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.mixed = nn.Bilinear(2, 2, 2)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(4, 5)
+
+
+def names(*args, **kwargs):
+    return list(select(*args, **kwargs).slots)
+
+
+def test_defaults():
+    assert names(Everything()) == [
+        "conv.weight",
+        "up.weight",
+        "lstm.weight_ih_l0",
+        "lstm.weight_hh_l0",
+        "cell.weight_ih",
+        "cell.weight_hh",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+        "mixed.weight",
+        "head.weight",
+    ]
+
+
+def test_locate_names_every_parameter_as_pytorch_does():
+    model = Everything()
+    assert sorted(locate(model)) == sorted(name for name, _ in model.named_parameters())
+    assert all(slot.parameter is model.get_parameter(name) for name, slot in locate(model).items())
+
+
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        (["head.*"], ["head.weight"]),  # a wide glob takes what is prunable by default, no bias
+        (["head.bias"], ["head.bias"]),
+        (["norm.*"], ["norm.weight", "norm.bias"]),
+        ([nn.Embedding], ["embedding.weight"]),
+        ([nn.Conv2d, "h*"], ["conv.weight", "head.weight"]),
+        (["scale"], ["scale"]),
+    ],
+)
+def test_include(include, expected):
+    assert names(Everything(), include) == expected
+
+
+def test_exclude_wins_and_takes_types():
+    model = Everything()
+    kept = names(model, ["conv.*", "head.*"], exclude=["head.weight"])
+    assert kept == ["conv.weight"]
+    assert "lstm.weight_ih_l0" not in names(model, exclude=(nn.LSTM,))
+
+
+def test_all_patterns_that_match_nothing_are_named_with_near_names():
+    with pytest.raises(ValueError, match="near names") as error:
+        select(Everything(), include=["haed.weight"], exclude=["atention.*", nn.Conv3d])
+    message = str(error.value)
+    assert "'haed.weight'" in message
+    assert "head.weight" in message
+    assert "attention.*" in message
+    assert "Conv3d" in message
+
+
+def test_nothing_left_is_refused():
+    with pytest.raises(ValueError, match="at least one tensor"):
+        select(nn.Linear(2, 2), exclude=["weight"])
+
+
+def test_tied_weights_count_once_and_answer_to_every_name():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    assert names(model) == ["a.weight"]
+    assert names(model, ["b.weight"]) == ["a.weight"]
+    with pytest.raises(ValueError, match="at least one tensor"):
+        select(model, exclude=["b.weight"])
+
+
+def test_a_weight_tied_to_an_embedding_is_not_prunable_by_default():
+    model = nn.ModuleDict({"out": nn.Linear(3, 5), "embedding": nn.Embedding(5, 3)})
+    model["out"].weight = model["embedding"].weight
+    with pytest.raises(ValueError, match="at least one tensor"):
+        select(model)
+    assert names(model, ["out.weight"]) == ["out.weight"]
+
+
+def test_frozen_are_left_out_and_listed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    selection = select(model)
+    assert list(selection.slots) == ["1.weight"]
+    assert list(selection.frozen) == ["0.weight"]
+
+
+def test_names_do_not_show_compilation_or_torch_prune():
+    model = nn.Sequential(nn.Linear(2, 2))
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    slot = locate(torch.compile(model))["0.weight"]
+    assert slot.parameter is model[0].weight_orig
+    assert int((slot.weight == 0).sum()) == 2

@@ -1,0 +1,91 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from pruneflow import MaskSet, Pruner, Random, sparsity
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 10))
+
+
+def train(network, optimizer, steps=3):
+    for seed in range(steps):
+        points = torch.randn(8, 10, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        network(points).square().mean().backward()
+        optimizer.step()
+
+
+def test_zeros_hold_through_training_in_any_loop():
+    network = model()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
+    pruner = Pruner(network, optimizers=[optimizer])
+    for target in (0.5, 0.75, 0.9):
+        masks = pruner.prune_to(target)
+        train(network, optimizer)
+        assert masks.pruned == round(target * 400)
+        assert sparsity(network) == pytest.approx(target)
+    pruner.remove()
+    assert len(pruner.masks) == 0
+
+
+def test_pruning_to_the_same_target_again_changes_nothing():
+    pruner = Pruner(model(), optimizers=[], importance=Random(1))
+    first = pruner.prune_to(0.5, round=1)
+    again = pruner.prune_to(0.5, round=2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_importance_is_read_from_the_live_weights():
+    network = model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    pruner = Pruner(network, optimizers=[optimizer], scope="layer", include=["0.weight"])
+    pruner.prune_to(0.1)
+    survivor = pruner.masks["0.weight"].flatten().nonzero()[0]
+    network[0].weight.data.view(-1)[survivor] = 10.0
+    pruner.prune_to(0.99)
+    assert pruner.masks["0.weight"].flatten()[survivor]
+
+
+def test_nothing_is_changed_when_a_weight_is_not_a_number():
+    network = model()
+    pruner = Pruner(network, optimizers=[])
+    pruner.prune_to(0.5)
+    network[2].weight.data[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    masks = pruner.masks
+    with pytest.raises(ValueError, match=r"'2\.weight'"):
+        pruner.prune_to(0.9)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]) or value.isnan().any()
+    assert all(torch.equal(masks[name], pruner.masks[name]) for name in masks)
+
+
+def test_says_that_zeros_do_not_hold_without_optimizers():
+    with pytest.warns(UserWarning, match="`optimizers` was not given"):
+        Pruner(model())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pruner(model(), optimizers=[])
+
+
+def test_refuses_a_tensor_that_no_optimizer_holds_and_an_all_frozen_model():
+    network = model()
+    optimizer = torch.optim.SGD(network[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"none holds 2\.weight"):
+        Pruner(network, optimizers=[optimizer])
+    with pytest.raises(ValueError, match="all are frozen"):
+        Pruner(network.requires_grad_(False), optimizers=[])
+
+
+def test_refuses_masks_that_are_not_of_the_tensors_to_prune():
+    pruner = Pruner(model(), optimizers=[])
+    mask = torch.ones(20, 10, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"2\.weight has none"):
+        pruner.hold(MaskSet({"0.weight": mask}))
+    with pytest.raises(ValueError, match=r"has no '0\.bias'"):
+        pruner.hold(MaskSet({"0.bias": mask}))
