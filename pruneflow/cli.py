@@ -92,10 +92,18 @@ def _unknown_keys(recipe: DictConfig, base: DictConfig, prefix: str = "") -> lis
     return unknown
 
 
-def main() -> None:
-    """Run `python -m pruneflow`."""
+def store_recipes() -> None:
+    """Make each of `recipes/` an option of the group `recipe`.
+
+    Hydra cannot map the group onto a folder of another name, so each is stored under its name.
+    """
     store = ConfigStore.instance()
     for path in sorted(resource_dir("recipes").glob("*.yaml")):
-        # Hydra cannot map the group `recipe` onto a folder `recipes/`, so each is stored by name.
-        store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
+        node = OmegaConf.load(path)
+        store.store(group="recipe", name=path.stem, node=node, package="_global_")
+
+
+def main() -> None:
+    """Run `python -m pruneflow`."""
+    store_recipes()
     _run()

@@ -24,6 +24,7 @@ from pruneflow import provenance
 from pruneflow.callback import PruningCallback
 from pruneflow.files import write_whole
 from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row
+from pruneflow.masks import resolve_scope
 from pruneflow.models import load_weights
 from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan, pruned_count
@@ -73,11 +74,15 @@ class Experiment:
         if config.dense.weights is not None:
             load_weights(self.network, config.dense.weights)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
+        self.scope: Any = config.pruning.scope
+        if OmegaConf.is_config(self.scope):
+            self.scope = OmegaConf.to_container(self.scope)
+        resolve_scope(self.scope, list(self.selection.slots))
         self.pruning = PruningCallback(
             self.schedule,
             importance=self.importance,
-            scope=_plain(config.pruning.scope),
-            include=[f"network.{name}" for name in self.selection.slots],
+            scope=_in_classifier(self.scope),
+            include=_in_classifier(list(self.selection.slots)),
             start_epoch=clock.start,
             epochs_per_round=clock.every,
             masking=instantiate(config.masking),
@@ -251,7 +256,7 @@ class Experiment:
             "commit": provenance.commit(),
             "machine": provenance.machine(),
             "target": self.plan.rounds[-1].sparsity,
-            "scope": str(_plain(self.config.pruning.scope)),
+            "scope": str(self.scope),
             "schedule": repr(self.schedule),
             "importance": getattr(self.importance, "__name__", repr(self.importance)),
             "classes": list(self.data.classes),
@@ -327,5 +332,8 @@ def load_network(network: nn.Module, path: Path) -> list[Row]:
     return rows
 
 
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+def _in_classifier(patterns: Any) -> Any:
+    """Globs over the network's tensor names, as globs over those of the classifier around it."""
+    if isinstance(patterns, dict):
+        return {group: _in_classifier(globs) for group, globs in patterns.items()}
+    return patterns if isinstance(patterns, str) else [f"network.{glob}" for glob in patterns]

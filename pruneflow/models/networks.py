@@ -63,9 +63,9 @@ def torchvision_model(
             takes as many, initialised as PyTorch initialises it.
         stem: "imagenet" leaves the network alone; "cifar" gives a ResNet, for small images, a 3x3
             convolution of stride 1 and no max-pool in place of 7x7, stride 2 and max-pool.
-        weights: A local file (safetensors, or a state_dict saved by torch), or the name of a
-            torchvision weights entry, such as "DEFAULT", which is downloaded. Where only the number
-            of classes differs the last layer stays freshly initialised.
+        weights: A local file, as `load_weights` reads it, or the name of a torchvision weights
+            entry, such as "DEFAULT", which is downloaded. Where only the number of classes differs
+            the last layer stays freshly initialised.
 
     Raises:
         ValueError: If the network or the weights are unknown, `stem` does not fit the network, or
@@ -146,7 +146,13 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"`weights`={str(path)!r} is expected to hold a state_dict, but it is no such file or "
+            "holds other objects, which are not unpickled; save network.state_dict()"
+        ) from error
     state = state.get("state_dict", state)
     prefixes = {key.partition(".")[0] for key in state}
     if prefixes in ({"network"}, {"model"}):

@@ -2,9 +2,10 @@ from functools import partial
 
 import pytest
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import Trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from pruneflow.data import Digits
 from pruneflow.models import Classifier, cosine, multistep, small_cnn
@@ -29,7 +30,10 @@ def trained():
     data = Digits(batch_size=64)
     module = Classifier(small_cnn(10, 1, width=16), 10, SGD, partial(cosine, epochs=4))
     fitted = trainer(4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for each other on images of 8x8
     fitted.fit(module, data)
+    torch.set_num_threads(threads)
     return module, data, fitted
 
 
@@ -63,39 +67,32 @@ def test_state_dict_is_the_networks_alone(trained):
     assert list(module.state_dict()) == expected
 
 
-class TwoBatches(LightningDataModule):
-    """Of unequal size."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.batches = [
-            (torch.randn(size, 1, 8, 8, generator=generator), torch.zeros(size).long())
-            for size in (5, 3)
-        ]
-
-    def train_dataloader(self):
-        return self.batches
-
-    val_dataloader = train_dataloader
+@pytest.fixture
+def batches():
+    """Two of unequal size, all of class 0."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(size, 1, 8, 8, generator=generator), torch.zeros(size).long())
+        for size in (5, 3)
+    ]
+    return DataLoader(pairs, batch_size=None)
 
 
-def test_training_metrics_weigh_images_alike_and_start_again_each_epoch():
+def test_training_metrics_weigh_images_alike_and_start_again_each_epoch(batches):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     module = Classifier(network, 2, partial(torch.optim.SGD, lr=0.0), label_smoothing=0.2)
-    data = TwoBatches()
-    images = torch.cat([images for images, _ in data.batches])
+    images = torch.cat([images for images, _ in batches])
     labels = torch.zeros(8).long()
     for epochs in (1, 3):
         fitted = trainer(epochs)
-        fitted.fit(module, data)
+        fitted.fit(module, batches, batches)
         expected = cross_entropy(network(images), labels, label_smoothing=0.2).item()
         assert fitted.callback_metrics["train_loss"].item() == pytest.approx(expected, rel=1e-5)
         share = (network(images).argmax(1) == 0).float().mean().item()
         assert fitted.callback_metrics["train_accuracy"].item() == pytest.approx(share)
 
 
-def test_the_learning_rate_is_stepped_once_an_epoch():
+def test_the_learning_rate_is_stepped_once_an_epoch(batches):
     rates = []
 
     class Recorder(Classifier):
@@ -104,7 +101,7 @@ def test_the_learning_rate_is_stepped_once_an_epoch():
 
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     optimizer = partial(torch.optim.SGD, lr=1.0)
-    trainer(4).fit(Recorder(network, 2, optimizer, partial(multistep, epochs=4)), TwoBatches())
+    trainer(4).fit(Recorder(network, 2, optimizer, partial(multistep, epochs=4)), batches, batches)
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 

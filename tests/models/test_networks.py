@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pruneflow.models import small_cnn, torchvision_model
+from pruneflow.models import load_weights, small_cnn, torchvision_model
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -99,6 +99,21 @@ def test_weights_that_do_not_fit_are_refused(saved):
         torchvision_model("resnet34", 10, stem="cifar", weights=weights)
     with pytest.raises(ValueError, match=r"`weights`.*IMAGENET1K_V1.*'nowhere.pt'"):
         torchvision_model("resnet18", 10, weights="nowhere.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "network.", "model."])
+def test_load_weights_reads_lightning_checkpoints(saved, prefix):
+    network, folder = saved
+    state = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, folder / "last.ckpt")
+    other = torchvision_model("resnet18", 10, stem="cifar")
+    load_weights(other, folder / "last.ckpt")
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
+    with pytest.raises(ValueError, match=r"fc\.weight of shape \(10, 512\), not \(7, 512\)"):
+        load_weights(torchvision_model("resnet18", 7, stem="cifar"), folder / "last.ckpt")
+    with pytest.raises(ValueError, match=r"`weights`='nowhere' is expected to be a file"):
+        load_weights(other, "nowhere")
 
 
 def test_pickled_modules_are_not_executed(tmp_path):
