@@ -22,13 +22,14 @@ from torch import nn
 
 from pruneflow import provenance
 from pruneflow.callback import PruningCallback
+from pruneflow.facts import Facts, FinishedRound
 from pruneflow.files import write_whole
 from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row
 from pruneflow.masks import resolve_scope
 from pruneflow.models import load_weights
 from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan, pruned_count
-from pruneflow.report import Facts, FinishedRound, write_report
+from pruneflow.report import write_report
 from pruneflow.sparsity import sparsity_report
 
 _log = logging.getLogger(__name__)

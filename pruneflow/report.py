@@ -6,134 +6,19 @@ already; Markdown and HTML are two renderings of it and cannot disagree.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import TypedDict
 
 from matplotlib.figure import Figure
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from pruneflow.facts import Facts
 from pruneflow.files import write_whole
 from pruneflow.plots import accuracy_figure, density_figure, rounds_figure, sparsity_text
-
-
-class PlannedRound(TypedDict):
-    """One line of the plan; None where the sparsity is not known ahead."""
-
-    round: int
-    at: int  # the epoch at whose start it prunes, from 0 over the whole run
-    amount: float | None  # of the remaining weights
-    sparsity: float | None  # cumulative
-    kept: int | None
-
-
-class DensePhase(TypedDict):
-    """The network before the first round."""
-
-    epochs: int
-    val_accuracy: float
-    test_accuracy: float
-
-
-class FinishedRound(TypedDict):
-    """What one round did; accuracies are validation accuracies."""
-
-    round: int
-    epoch: int  # at whose start it pruned
-    sparsity: float
-    kept: int
-    pruned_accuracy: float  # right after pruning
-    fine_tuned_accuracy: float  # at the end of the round
-
-
-class Final(TypedDict):
-    """The network that the run hands over."""
-
-    sparsity: float
-    val_accuracy: float
-    test_accuracy: float
-    test_per_class: list[float]
-
-
-class Size(TypedDict):
-    """Counts over all parameters; multiply-adds for one sample; bytes of model.safetensors."""
-
-    parameters: int
-    remaining: int
-    compression_ratio: float
-    multiply_adds: int
-    remaining_multiply_adds: int
-    theoretical_speedup: float
-    dense_bytes: int
-    model_bytes: int
-
-
-class Layer(TypedDict):
-    """One prunable tensor at the end of the run."""
-
-    name: str
-    shape: list[int]
-    weights: int
-    zeros: int
-
-
-class Facts(TypedDict):
-    """All that a report says about a run, in plain builtins; accuracies are fractions of 1."""
-
-    recipe: str
-    command: str
-    seed: int
-    versions: dict[str, str]
-    commit: str | None
-    machine: str
-    target: float | None  # None: not known ahead
-    scope: str
-    schedule: str
-    importance: str
-    classes: list[str]
-    plan: list[PlannedRound]
-    dense: DensePhase
-    dense_cached: bool
-    rounds: list[FinishedRound]
-    final: Final
-    size: Size
-    layers: list[Layer]
-    seconds: dict[str, float]  # stage -> wall time
-    frozen: list[str]  # tensors left out because they do not train
-
-
-@dataclass(frozen=True)
-class Section:
-    """A title with any of a note, a table and plots (file stem -> what it shows)."""
-
-    title: str
-    note: str = ""
-    header: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    plots: tuple[tuple[str, str], ...] = ()
-
-    def numeric(self, column: int) -> bool:
-        """Whether a column holds figures, which are set flush right."""
-        return column > 0 and all(re.match(r"[\d−–]|$", row[column]) for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Document:
-    """A report before it is rendered."""
-
-    title: str
-    verdict: str
-    explanation: str
-    reached: bool
-    sections: tuple[Section, ...]
-
+from pruneflow.rendering import Document, Section, html, markdown
 
 _MISSING = "–"
 
@@ -371,125 +256,6 @@ def _document(facts: Facts) -> Document:
     )
 
 
-def _markdown_cell(text: str) -> str:
-    r"""Escape what Markdown would read as markup; underscores inside words are none.
-
-    Example:
-        >>> print(_markdown_cell("a|b <i> *x* weight_ih __main__"))
-        a\|b \<i> \*x\* weight_ih \_\_main\_\_
-    """
-    escaped = re.sub(r"[\\`*\[\]<&|~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
-    return " ".join(escaped.split())
-
-
-def _markdown_table(section: Section) -> list[str]:
-    table = [[_markdown_cell(cell) for cell in row] for row in (section.header, *section.rows)]
-    columns = range(len(section.header))
-    right = [section.numeric(column) for column in columns]
-    widths = [max(3, *(len(row[column]) for row in table)) for column in columns]
-    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
-    body = [
-        [
-            cell.rjust(w) if r else cell.ljust(w)
-            for cell, w, r in zip(row, widths, right, strict=True)
-        ]
-        for row in table
-    ]
-    return [f"| {' | '.join(row)} |" for row in (body[0], rule, *body[1:])]
-
-
-def _markdown(document: Document) -> str:
-    lines = [f"# {_markdown_cell(document.title)}", ""]
-    lines += [f"**{document.verdict}** {_markdown_cell(document.explanation)}", ""]
-    for section in document.sections:
-        lines += [f"## {section.title}", ""]
-        if section.rows:
-            lines += [*_markdown_table(section), ""]
-        for stem, caption in section.plots:
-            lines += [f"![{caption}](plots/{stem}.png)", ""]
-        if section.note:
-            lines += [_markdown_cell(section.note), ""]
-    return "\n".join(lines)
-
-
-_CSS = """
-:root { color-scheme: light dark; --ink: #1d2126; --soft: #5c6570; --line: #dfe3e8;
-  --paper: #ffffff; --tint: #f5f7f9; --good: #009e73; --bad: #d55e00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa5b1; --line: #363c44;
-  --paper: #16191d; --tint: #1e2227; } }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }
-.verdict { margin: 0; padding: .8rem 1rem; background: var(--tint);
-  border-left: .3rem solid var(--good); font-size: 1.05rem; }
-.verdict.short { border-color: var(--bad); }
-.verdict.short strong { color: var(--bad); }
-.note, figcaption { color: var(--soft); font-size: .875rem; }
-.note { margin: .5rem 0 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 1.1rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-.n { text-align: right; }
-td.n { white-space: nowrap; }
-td:first-child { min-width: 6.2rem; }
-figure { margin: 0 0 1.5rem; }
-img { display: block; width: 100%; height: auto; border-radius: .4rem; background: #ffffff; }
-@media print { body { max-width: none; padding: 0; } tr, figure { break-inside: avoid; } }
-"""
-
-
-def _html_table(section: Section) -> str:
-    columns = range(len(section.header))
-    classes = [' class="n"' if section.numeric(column) else "" for column in columns]
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        inner = (
-            f"<{tag}{attribute}>{escape(cell)}</{tag}>"
-            for cell, attribute in zip(cells, classes, strict=True)
-        )
-        return f"<tr>{''.join(inner)}</tr>"
-
-    head = row(section.header, "th")
-    body = "\n".join(row(cells, "td") for cells in section.rows)
-    return (
-        f'<div class="scroll"><table>\n<thead>{head}</thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
-
-
-def _html(document: Document, images: Mapping[str, bytes]) -> str:
-    parts = []
-    for section in document.sections:
-        parts.append(f"<h2>{escape(section.title)}</h2>")
-        if section.rows:
-            parts.append(_html_table(section))
-        for stem, caption in section.plots:
-            data = base64.b64encode(images[stem]).decode("ascii")
-            parts.append(
-                f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{escape(caption)}</figcaption></figure>"
-            )
-        if section.note:
-            parts.append(f'<p class="note">{escape(section.note)}</p>')
-    mood = "verdict" if document.reached else "verdict short"
-    title = escape(document.title)
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>",
-            f"<h1>{title}</h1>",
-            f'<p class="{mood}"><strong>{escape(document.verdict)}</strong> '
-            f"{escape(document.explanation)}</p>",
-            *parts,
-            "</body>\n</html>\n",
-        ]
-    )
-
-
 def _figures(
     facts: Facts, history: Sequence[Mapping[str, float | str | None]]
 ) -> dict[str, Figure]:
@@ -555,9 +321,9 @@ def write_report(
             figure.savefig(path)
             images[stem] = path.read_bytes()
     with write_whole(folder / "report.md") as path:
-        path.write_text(_markdown(document), encoding="utf-8")
+        path.write_text(markdown(document), encoding="utf-8")
     with write_whole(folder / "report.html") as path:
-        path.write_text(_html(document, images), encoding="utf-8")
+        path.write_text(html(document, images), encoding="utf-8")
 
 
 def summary(facts: Facts) -> RichTable:
