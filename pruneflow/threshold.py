@@ -160,7 +160,7 @@ def _count_one(score: Scores, lo: float, hi: float) -> tuple[int, int, list[Tens
     """Do `_count` for one tensor, whose scores are let go of before the next are made."""
     at_most_lo, at_least_hi, inside, flags = 0, 0, [], None
     function, tensors = _parts(score)
-    for pieces in _cut(*tensors):
+    for pieces in _one_thread(_cut(*tensors)):
         x = _wide(function(*pieces)).reshape(-1)
         if flags is None:  # once, for the first piece is the largest: fresh memory is slow
             flags = x.new_empty(2, x.numel())
@@ -187,7 +187,7 @@ def _keep(score: Scores, value: float, ties: int) -> tuple[Tensor, int]:
     """Mask one tensor, pruning the first `ties` of its ties; also say how many ties are left."""
     function, tensors = _parts(score)
     mask = torch.empty_like(tensors[0], dtype=torch.bool)
-    for *pieces, keep in _cut(*tensors, mask):
+    for *pieces, keep in _one_thread(_cut(*tensors, mask)):
         x = _wide(function(*pieces))
         keep.copy_(torch.ge(x, _round_up(value, x.dtype), out=torch.empty_like(x)))
         if ties:
@@ -218,6 +218,20 @@ def _cut(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield from _cut(*rows)
     else:
         yield from zip(*(t.split(chunk // row) for t in tensors), strict=True)
+
+
+def _one_thread(pieces: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Hand on the pieces and hold PyTorch to one CPU thread until they end.
+
+    Pieces are so small that two threads gain little on one, and beside a busy process (data
+    loaders, say) the many short meetings of the two cost a hundred times the work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from pieces
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _wide(scores: Tensor) -> Tensor:
