@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 Scores = Callable[[], Tensor]
-"""Computes one tensor's scores afresh; pure, for it is called a few times."""
+"""Computes one tensor's scores afresh, on one CPU thread; pure, for it is called a few times."""
 
 _STRIDE = 512  # one entry of so many is sampled: about 3 * sqrt(total * _STRIDE) are collected
 _CPU_CHUNK = 2**19  # entries worked on at once: what the caches hold
@@ -28,8 +29,8 @@ _COLUMNS = 16  # entries looked at together when few of them are wanted
 class Elementwise(partial[Tensor]):
     """Scores that a function computes entry by entry from tensors of one shape.
 
-    Called, it is `functools.partial`; being elementwise, it is also computed piece by piece, so
-    that no whole tensor of scores is ever held. On a CPU that is several times faster.
+    A `functools.partial` that may be computed piece by piece: no whole tensor of scores is held,
+    and on a CPU it is several times faster.
 
     Args:
         func: Maps pieces of `args`, alike in shape, to their scores, of the same shape.
@@ -55,7 +56,23 @@ class Threshold:
     ties: int
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hold PyTorch to one CPU thread.
+
+    The pieces are so small that a second thread gains little, and beside a busy process (data
+    loaders, say) the threads' many short meetings take a hundred times as long as the work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
+@_one_thread()
 def find_threshold(scores: Sequence[Scores], k: int) -> Threshold:
     """Find which k of all scores are the lowest, exactly.
 
@@ -150,8 +167,9 @@ def _count(scores: Sequence[Scores], lo: float, hi: float) -> tuple[int, int, Te
     at_most_lo = at_least_hi = 0
     inside = []
     for score in scores:
-        low, high, between = _count_one(score, lo, hi)
-        at_most_lo, at_least_hi = at_most_lo + low, at_least_hi + high
+        lows, highs, between = _count_one(score, lo, hi)
+        at_most_lo += lows
+        at_least_hi += highs
         inside += between
     return at_most_lo, at_least_hi, _join(inside)
 
@@ -160,7 +178,7 @@ def _count_one(score: Scores, lo: float, hi: float) -> tuple[int, int, list[Tens
     """Do `_count` for one tensor, whose scores are let go of before the next are made."""
     at_most_lo, at_least_hi, inside, flags = 0, 0, [], None
     function, tensors = _parts(score)
-    for pieces in _one_thread(_cut(*tensors)):
+    for pieces in _cut(*tensors):
         x = _wide(function(*pieces)).reshape(-1)
         if flags is None:  # once, for the first piece is the largest: fresh memory is slow
             flags = x.new_empty(2, x.numel())
@@ -183,11 +201,12 @@ def _where_zero(flags: Tensor, x: Tensor) -> Tensor:
     return x[flags == 0]
 
 
+@_one_thread()
 def _keep(score: Scores, value: float, ties: int) -> tuple[Tensor, int]:
     """Mask one tensor, pruning the first `ties` of its ties; also say how many ties are left."""
     function, tensors = _parts(score)
     mask = torch.empty_like(tensors[0], dtype=torch.bool)
-    for *pieces, keep in _one_thread(_cut(*tensors, mask)):
+    for *pieces, keep in _cut(*tensors, mask):
         x = _wide(function(*pieces))
         keep.copy_(torch.ge(x, _round_up(value, x.dtype), out=torch.empty_like(x)))
         if ties:
@@ -218,20 +237,6 @@ def _cut(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield from _cut(*rows)
     else:
         yield from zip(*(t.split(chunk // row) for t in tensors), strict=True)
-
-
-def _one_thread(pieces: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """Hand on the pieces and hold PyTorch to one CPU thread until they end.
-
-    Pieces are so small that two threads gain little on one, and beside a busy process (data
-    loaders, say) the many short meetings of the two cost a hundred times the work.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield from pieces
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _wide(scores: Tensor) -> Tensor:

@@ -260,6 +260,21 @@ def test_random_state_is_not_used_up() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_thread_count_is_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        scores = functions([torch.tensor([1.0, math.nan])])
+        with pytest.raises(ValueError, match="NaN"):
+            find_threshold(scores, 1)
+        assert torch.get_num_threads() == 3
+        for _ in keep_masks(scores, Threshold(1.0, 0)):
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations made and that are still alive; keeps the peak."""
 
