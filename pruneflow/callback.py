@@ -105,6 +105,8 @@ class PruningCallback(L.Callback):
         self.round = 0
         self._masks: dict[str, Any] = {}
         self._learning_rate: LearningRateSnapshot | None = None
+        self._progress: dict[str, float] = {}
+        self._per_layer: dict[str, float] = {}
 
     @property
     def sparsity(self) -> float:
@@ -124,8 +126,6 @@ class PruningCallback(L.Callback):
             self._start_over()
         self._model = weakref.ref(pl_module)
         finished = self.plan is not None and self.round == len(self.plan.rounds)
-        if not finished:
-            self.plan = self._lay_plan(trainer)
         self.pruner = Pruner(
             pl_module,
             importance=self.importance,
@@ -140,7 +140,9 @@ class PruningCallback(L.Callback):
                 "The pruning plan is finished: its zeros are held, nothing more is pruned"
             )
         else:
-            rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")  # type: ignore[union-attr]
+            length = _length(trainer, self.clock, _has_rounds(self.schedule))
+            self.plan = Plan.lay(self.schedule, self.clock, length)
+            rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
 
@@ -218,13 +220,6 @@ class PruningCallback(L.Callback):
             self._learning_rate.restore(trainer.optimizers, _schedulers(trainer))
         return True
 
-    def _lay_plan(self, trainer: L.Trainer) -> Plan:
-        length = _length(trainer, self.clock.unit)
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # Every round runs at once, so all that is needed is that there are some.
-            length = None if _has_rounds(self.schedule) else self.clock.start + 1
-        return Plan.lay(self.schedule, self.clock, length)
-
     def _measure(self) -> None:
         assert self.pruner is not None
         masks = self.pruner.masks
@@ -284,9 +279,13 @@ def _has_rounds(schedule: ScheduleLike | int) -> bool:
     return not callable(schedule) or hasattr(schedule, "rounds")
 
 
-def _length(trainer: L.Trainer, unit: Literal["epoch", "step"]) -> int | None:
-    if unit == "epoch":
-        return trainer.max_epochs if trainer.max_epochs not in (None, -1) else None
+def _length(trainer: L.Trainer, clock: Clock, has_rounds: bool) -> int | None:
+    """Epochs or steps of the training; None when it has no end."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        # Every round runs at once, so all that a plain function needs is room for one.
+        return None if has_rounds else clock.start + 1
+    if clock.unit == "epoch":
+        return None if trainer.max_epochs in (None, -1) else trainer.max_epochs
     steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
     return None if steps == float("inf") else int(steps)
 

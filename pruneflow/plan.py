@@ -106,8 +106,9 @@ class Plan:
         rounds = []
         before: float | None = 0.0
         for number, sparsity in enumerate(sparsities, start=1):
-            known = sparsity is not None and before is not None
-            amount = 1 - (1 - sparsity) / (1 - before) if known else None  # type: ignore[operator]
+            amount = None
+            if sparsity is not None and before is not None:
+                amount = 1 - (1 - sparsity) / (1 - before)
             at = clock.start + (number - 1) * clock.every
             rounds.append(Round(number, at, sparsity, amount))
             before = sparsity
@@ -131,17 +132,15 @@ class Plan:
         header = ("round", f"at {self.unit}", "amount of the remaining", "sparsity", "weights kept")
         rows = [("0", "0", "-", _percent(0.0), f"{weights:,}")]
         for planned in self.rounds:
-            known = planned.sparsity is not None
-            kept = f"{weights - pruned_count(planned.sparsity, weights):,}" if known else "?"  # type: ignore[arg-type]
-            rows.append(
-                (
-                    str(planned.number),
-                    str(planned.at),
-                    _percent(planned.amount),
-                    _percent(planned.sparsity),
-                    kept,
-                )
+            pruned = None if planned.sparsity is None else pruned_count(planned.sparsity, weights)
+            row = (
+                str(planned.number),
+                str(planned.at),
+                _percent(planned.amount),
+                _percent(planned.sparsity),
+                "?" if pruned is None else f"{weights - pruned:,}",
             )
+            rows.append(row)
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
