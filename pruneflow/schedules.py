@@ -114,11 +114,12 @@ class Compounding:
         if rounds is not None:
             _check_rounds(rounds)
         if target is None:
-            target = 1 - (1 - amount) ** rounds
+            target = -math.expm1(rounds * math.log1p(-amount))
             _check_fraction("target", target)  # 1-(1-γ)^n rounds up to 1.0 for large n
         elif rounds is None:
             rounds = _rounds_to(target, amount)
-        solved = 1 - (1 - target) ** (1 / rounds)
+        # expm1 and log1p: 1-(1-γ)^n itself loses digits where sparsities are small.
+        solved = -math.expm1(math.log1p(-target) / rounds)
         if amount is not None and self.target is not None and self.rounds is not None:
             if not math.isclose(amount, solved, rel_tol=1e-6, abs_tol=1e-12):
                 raise ValueError(
@@ -136,7 +137,9 @@ class Compounding:
         """Cumulative sparsity after `round`."""
         _progress(round, self.rounds)
         # The last round is the target itself, not a power that may differ in the last bit.
-        return self.target if round == self.rounds else 1 - (1 - self.amount) ** round
+        if round == self.rounds:
+            return self.target
+        return min(self.target, -math.expm1(round * math.log1p(-self.amount)))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ import pickle
 from functools import reduce
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pruneflow import Compounding, Cubic, Explicit, Linear, OneShot
@@ -25,6 +25,7 @@ every_schedule = pytest.mark.parametrize(
 
 @every_schedule
 @given(target=fractions, rounds=rounds)
+@example(target=4.9502812221747115e-15, rounds=10)
 def test_starts_dense_never_falls_and_ends_on_the_target(make, target, rounds):
     schedule = make(target, rounds)
     values = [schedule(k) for k in range(schedule.rounds + 1)]
