@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.importance import Importance, magnitude
@@ -107,6 +108,7 @@ class PruningCallback(L.Callback):
         self._learning_rate: LearningRateSnapshot | None = None
         self._progress: dict[str, float] = {}
         self._per_layer: dict[str, float] = {}
+        self._logged: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -116,8 +118,12 @@ class PruningCallback(L.Callback):
 
     # -- Lightning calls these, in this order -----------------------------------------------------
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget what a checkpoint held that was loaded for something else, such as a test."""
+        self._restored = None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store what a checkpoint holds; it is put to use when training starts."""
+        """Store what a checkpoint holds; it is put to use when a fit begins."""
         self._restored = state_dict
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -125,6 +131,7 @@ class PruningCallback(L.Callback):
         if self._model is None or self._model() is not pl_module:
             self._start_over()
         self._model = weakref.ref(pl_module)
+        self._learning_rate = None  # of another fit's optimizers
         finished = self.plan is not None and self.round == len(self.plan.rounds)
         self.pruner = Pruner(
             pl_module,
@@ -140,18 +147,23 @@ class PruningCallback(L.Callback):
                 "The pruning plan is finished: its zeros are held, nothing more is pruned"
             )
         else:
-            length = _length(trainer, self.clock, _has_rounds(self.schedule))
+            length = _length(trainer, pl_module, self.clock, _has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
             rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                rank_zero_warn(
+                    f"{type(callback).__name__} keeps averages of the weights that pruneflow does "
+                    "not mask yet, so the averaged model will be dense; leave one of the two out"
+                )
+        self._take_restored()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold the masks so far, once optimizers exist and a checkpoint has been loaded."""
         assert self.pruner is not None  # made when fit began
-        if self._restored is not None:
-            self._take_restored(self._restored)
-            self._restored = None
+        self._take_restored()  # some strategies load a checkpoint only now
         if self.rewind and self._learning_rate is None:
             self._learning_rate = LearningRateSnapshot(trainer.optimizers, _schedulers(trainer))
         if self._masks:
@@ -162,14 +174,16 @@ class PruningCallback(L.Callback):
         """Prune if a round is due at this epoch; log the sparsity of the epoch."""
         if self.clock.unit == "epoch":
             self._run_due_rounds(trainer, trainer.current_epoch)
-        self._log(pl_module)
+        self._log(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune if a round is due at this step."""
-        if self.clock.unit == "step" and self._run_due_rounds(trainer, trainer.global_step):
-            self._log(pl_module)
+        pruned = self.clock.unit == "step" and self._run_due_rounds(trainer, trainer.global_step)
+        # A training that resumes within an epoch does not start it, but has to log it.
+        if pruned or self._logged != trainer.current_epoch:
+            self._log(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
@@ -191,6 +205,10 @@ class PruningCallback(L.Callback):
                 f"Training ended in round {self.round} of {len(self.plan.rounds)}, at sparsity "
                 f"{self.sparsity:.4f}, below the target; train longer, or fit again to go on"
             )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let go also where there was nothing left to train."""
+        self._remove()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -228,18 +246,24 @@ class PruningCallback(L.Callback):
             f"sparsity/{name}": MaskSet({name: mask}).sparsity for name, mask in masks.items()
         }
 
-    def _log(self, pl_module: L.LightningModule) -> None:
-        pl_module.log_dict(self._progress, prog_bar=True, on_step=False, on_epoch=True)
-        pl_module.log_dict(self._per_layer, on_step=False, on_epoch=True)
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._logged = trainer.current_epoch
+        # Of several rounds in one epoch the last counts, and masks only grow.
+        settings: Any = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
+        pl_module.log_dict(self._progress, prog_bar=True, **settings)
+        pl_module.log_dict(self._per_layer, **settings)
 
-    def _take_restored(self, state: Mapping[str, Any]) -> None:
+    def _take_restored(self) -> None:
+        state, self._restored = self._restored, None
+        if state is None:
+            return
         assert self.plan is not None
         if state.get("version") != _STATE_VERSION:
             raise ValueError(
                 f"the checkpoint's pruning state is expected to have version {_STATE_VERSION}, but "
                 f"{state.get('version')!r} came; read it with the pruneflow that wrote it"
             )
-        if state["plan"] is not None and state["plan"] != self.plan.state():
+        if state["plan"] is not None and not self._same_plan(state["plan"], self.plan.state()):
             raise ValueError(
                 "the checkpoint is expected to come from the same plan, but its rounds are "
                 f"{_rounds(state['plan'])}, and those of this training {_rounds(self.plan.state())}"
@@ -249,6 +273,14 @@ class PruningCallback(L.Callback):
         self._masks = state["masks"]
         saved = state["learning_rate"]
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None
+
+    def _same_plan(self, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+        rounds = [plan["rounds"] for plan in (stored, mine)]
+        if not _has_rounds(self.schedule):
+            # A function gets as many rounds as fit, and a longer training is no other plan.
+            shorter = min(map(len, rounds))
+            rounds = [some[:shorter] for some in rounds]
+        return bool(rounds[0] == rounds[1] and stored["unit"] == mine["unit"])
 
     def _remove(self) -> None:
         if self.pruner is not None:
@@ -279,14 +311,22 @@ def _has_rounds(schedule: ScheduleLike | int) -> bool:
     return not callable(schedule) or hasattr(schedule, "rounds")
 
 
-def _length(trainer: L.Trainer, clock: Clock, has_rounds: bool) -> int | None:
-    """Epochs or steps of the training; None when it has no end."""
+def _length(
+    trainer: L.Trainer, pl_module: L.LightningModule, clock: Clock, has_rounds: bool
+) -> int | None:
+    """Epochs or steps of the training; None when it has no end, or it is not known."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         # Every round runs at once, so all that a plain function needs is room for one.
         return None if has_rounds else clock.start + 1
     if clock.unit == "epoch":
         return None if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
+    if not pl_module.automatic_optimization:
+        return None if trainer.max_steps == -1 else trainer.max_steps
+    if trainer.ckpt_path is not None and has_rounds:
+        # Lightning would set the data up to count its steps, before it restores their state. The
+        # plan was checked when the training began.
+        return None
+    steps = trainer.estimated_stepping_batches
     return None if steps == float("inf") else int(steps)
 
 

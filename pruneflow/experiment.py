@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +30,7 @@ from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan, pruned_count
 from pruneflow.report import write_report
 from pruneflow.sparsity import sparsity_report
+from pruneflow.torch_methods import check_scope, is_torch_method
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +49,17 @@ class Experiment:
     """
 
     def __init__(self, config: DictConfig, folder: Path, recipe: str, command: str) -> None:
-        if config.trainer.max_epochs is not None:
+        for key in ("max_epochs", "max_steps", "fast_dev_run", "check_val_every_n_epoch"):
+            if config.trainer.get(key) is not None:
+                raise ValueError(
+                    f"`trainer.{key}` is expected to be left alone, but {config.trainer[key]!r} "
+                    "came; stages last `dense.epochs` and `pruning.epochs` and validate after each "
+                    "epoch, so set those"
+                )
+        if config.trainer.limit_val_batches == 0:
             raise ValueError(
-                "`trainer.max_epochs` is expected to be left alone, but "
-                f"{config.trainer.max_epochs!r} came; it follows from `dense.epochs` and "
-                "`pruning.epochs`, so set those"
+                "`trainer.limit_val_batches` is expected to leave batches to validate on, but 0 "
+                "came; every round is measured on them"
             )
         self.config = config
         self.folder = folder
@@ -79,6 +85,8 @@ class Experiment:
         if OmegaConf.is_config(self.scope):
             self.scope = OmegaConf.to_container(self.scope)
         resolve_scope(self.scope, list(self.selection.slots))
+        if is_torch_method(self.importance):
+            check_scope(self.importance, self.scope)
         self.pruning = PruningCallback(
             self.schedule,
             importance=self.importance,
@@ -89,6 +97,11 @@ class Experiment:
             masking=instantiate(config.masking),
             rewind=config.pruning.rewind,
         )
+        # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
+        last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
+        self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
+        for epochs in filter(None, (config.dense.epochs, self.schedule_epochs)):
+            self._classifier(self.network, epochs).configure_optimizers()  # refuses what is off
 
     def run(self) -> Facts:
         """Run all stages and write the run folder.
@@ -153,19 +166,19 @@ class Experiment:
     def _rounds(self, rows: list[Row]) -> tuple[list[FinishedRound], list[Row]]:
         start = self.config.dense.epochs
         epochs = self.config.pruning.epochs
-        period = self.pruning.clock.every if self.config.pruning.rewind else epochs
-        classifier = self._classifier(self.network, period)
+        classifier = self._classifier(self.network, self.schedule_epochs)
         watch = RoundWatch(self.pruning)
         history = History(self.folder / "metrics.csv", "rounds", rows)
         with self._timed("rounds"):
             _log.info("%d rounds: %d epochs", len(self.plan.rounds), epochs)
             trainer = self._trainer(start, start + epochs, self.pruning, watch, history)
             trainer.fit(classifier, datamodule=self.data)
-        by_epoch = {row["epoch"]: row for row in history.rows}
-        last_epochs = [planned.at - 1 for planned in self.plan.rounds[1:]] + [start + epochs - 1]
+        # Rows come in order, so the last one of a round is the one that stays.
+        fine_tuned = {row["round"]: row["val_accuracy"] for row in history.rows}
         rounds: list[FinishedRound] = [
-            {**measured, "fine_tuned_accuracy": by_epoch[last]["val_accuracy"]}  # type: ignore[typeddict-item]
-            for measured, last in zip(watch.rounds, last_epochs, strict=True)
+            {**measured, "fine_tuned_accuracy": fine_tuned[measured["round"]]}  # type: ignore[typeddict-item]
+            for measured in watch.rounds
+            if measured["round"] in fine_tuned
         ]
         return rounds, history.rows
 
@@ -217,13 +230,14 @@ class Experiment:
     def _dense_key(self) -> str:
         names = ("model", "data", "optimizer", "lr_scheduler", "classifier", "trainer", "seed")
         resolved: Any = OmegaConf.to_container(self.config, resolve=True)
-        weights = self.config.dense.weights
+        files = [self.config.dense.weights, self.config.model.get("weights")]
         return provenance.digest(
             {name: resolved[name] for name in names},
             self.config.dense.epochs,
-            provenance.file_digest(Path(weights)) if weights else None,
+            [provenance.file_digest(Path(f)) for f in files if f and Path(f).is_file()],
             self.data.fingerprint(),
             provenance.versions(),
+            provenance.commit(),
         )
 
     @contextmanager
@@ -241,8 +255,8 @@ class Experiment:
         final: dict[str, float],
         per_class: list[float],
     ) -> Facts:
-        device = next(self.network.parameters()).device
-        example = torch.zeros(1, *self.data.image_shape, device=device)
+        weight = next(self.network.parameters())
+        example = weight.new_zeros(1, *self.data.image_shape)
         report = sparsity_report(
             self.network,
             example,

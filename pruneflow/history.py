@@ -133,7 +133,9 @@ def _accuracy(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
     pl_module.eval()
     correct = total = 0
     for _, batch in zip(range(batches), loader, strict=False):
-        images, labels = trainer.strategy.batch_to_device(batch)
+        images, labels = trainer.precision_plugin.convert_input(
+            trainer.strategy.batch_to_device(batch)
+        )
         with trainer.precision_plugin.forward_context():
             predicted = pl_module(images).argmax(1)
         correct += int((predicted == labels).sum())

@@ -67,10 +67,16 @@ class InPlace:
         """Begin to hold `masks`, once the optimizers exist.
 
         Raises:
-            ValueError: If the masks do not fit the model.
+            ValueError: If the masks do not fit the model, or gradients are sparse.
         """
         slots = locate(model)
         masks.check({name: slot.parameter for name, slot in slots.items()})
+        sparse = [name for name in masks if getattr(slots[name].module, "sparse", False)]
+        if sparse:
+            raise ValueError(
+                "`masking` InPlace is expected to get tensors with dense gradients, but those of "
+                f"{', '.join(sparse)} are sparse; set `sparse=False` there, or `exclude` them"
+            )
         self._optimizers = optimizers
         for name in masks:
             parameter = slots[name].parameter

@@ -254,7 +254,8 @@ def _scores(
             return scores
         # Pruned weights stay pruned: they go first, whatever their score. The smaller of the score
         # and ±inf is what `where` says as well, in a fraction of its time on a CPU.
-        return torch.minimum(scores, (keep.to(scores.dtype) - 0.5) * math.inf)
+        lowest = torch.finfo(scores.dtype).min  # of weights that are still there
+        return torch.minimum(scores.clamp(min=lowest), (keep.to(scores.dtype) - 0.5) * math.inf)
 
     kind = Elementwise if getattr(importance, "elementwise", False) else partial
     return kind(score, tensor) if keep is None else kind(score, tensor, keep)

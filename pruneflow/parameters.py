@@ -56,7 +56,7 @@ class Slot:
     @property
     def reparametrized(self) -> bool:
         """Whether `torch.nn.utils.prune` holds a mask on it."""
-        return f"{self.attribute}_mask" in self.module._buffers
+        return _reparametrized(self.module, self.attribute)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def locate(model: nn.Module) -> dict[str, Slot]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 plain = attribute.removesuffix("_orig")
-                if f"{plain}_mask" in module._buffers:
+                if plain != attribute and _reparametrized(module, plain):
                     attribute = plain
                 name = f"{prefix}.{attribute}".lstrip(".").replace("_orig_mod.", "")
                 places.setdefault(id(parameter), []).append((name, module, attribute))
@@ -152,6 +152,10 @@ def select(
         )
     frozen = {name: slot for name, slot in selected.items() if not slot.parameter.requires_grad}
     return Selection({n: slot for n, slot in selected.items() if n not in frozen}, frozen)
+
+
+def _reparametrized(module: nn.Module, attribute: str) -> bool:
+    return f"{attribute}_orig" in module._parameters and f"{attribute}_mask" in module._buffers
 
 
 def _prunable_by_default(slot: Slot) -> bool:

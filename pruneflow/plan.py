@@ -95,13 +95,17 @@ class Plan:
         Raises:
             ValueError: If the last round would not be followed by at least one epoch or step.
         """
-        fitting = None if length is None else max(0, -(-(length - clock.start) // clock.every))
+        fitting = None if length is None else max(1, -(-(length - clock.start) // clock.every))
         sparsities: tuple[float | None, ...]
         if isinstance(schedule, int):
+            if schedule < 1:
+                raise ValueError(
+                    f"`schedule`, as a number of rounds, is expected to be at least 1, but "
+                    f"{schedule!r} came"
+                )
             sparsities = (None,) * schedule
-        elif fitting == 0:
-            sparsities = (0.0,)  # refused below, also for a plain callable, of which none fit
         else:
+            # Of a plain callable that does not fit at all, one round, to be refused below.
             sparsities = sparsity_per_round(schedule, fitting)
         rounds = []
         before: float | None = 0.0

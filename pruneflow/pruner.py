@@ -12,7 +12,13 @@ from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
 from pruneflow.masks import MaskSet, Scope, compute_masks, resolve_scope
 from pruneflow.parameters import Pattern, select
-from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount, torch_masks
+from pruneflow.torch_methods import (
+    TorchMethod,
+    check_scope,
+    is_torch_method,
+    keeps_own_amount,
+    torch_masks,
+)
 
 
 class Pruner:
@@ -72,6 +78,8 @@ class Pruner:
             )
         self._parameters = {name: slot.parameter for name, slot in selection.slots.items()}
         resolve_scope(scope, list(self._parameters))
+        if is_torch_method(importance):
+            check_scope(importance, scope)  # type: ignore[arg-type]
         if optimizers is None:
             warnings.warn(
                 "`optimizers` was not given to Pruner, so pruned weights will not stay zero "
@@ -81,6 +89,7 @@ class Pruner:
         elif optimizers:
             _check_held(self._parameters, optimizers)
         self._optimizers = optimizers or []
+        self._attached = False
 
     @property
     def weights(self) -> int:
@@ -152,15 +161,17 @@ class Pruner:
             )
         device = {name: parameter.device for name, parameter in self._parameters.items()}
         masks = MaskSet({name: mask.to(device[name]) for name, mask in masks.items()})
-        if self.masks:
+        if self._attached:
             self.masking.update(masks)
         else:
             self.masking.attach(self.model, masks, self._optimizers)
+            self._attached = True
         return masks
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks, buffers or masks."""
         self.masking.remove()
+        self._attached = False
 
     def _torch_masks(self, sparsity: float | None) -> MaskSet:
         return torch_masks(

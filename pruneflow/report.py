@@ -76,9 +76,10 @@ def _verdict(facts: Facts) -> tuple[str, str, bool]:
     missing = target * weights - pruned
     if missing > 0.5 * len(facts["layers"]):
         done, planned = len(facts["rounds"]), len(facts["plan"])
+        whole = " A method that removes whole filters hits a target only nearly."
         explanation = (
             f"{what} where {_sparsity(target)} was asked for: {math.ceil(missing):,} weights "
-            f"short, after {done} of {planned} rounds. {accuracy}"
+            f"short, after {done} of {planned} rounds.{whole if done == planned else ''} {accuracy}"
         )
         return "Target not reached.", explanation, False
     if not facts["rounds"]:

@@ -35,7 +35,24 @@ def keeps_own_amount(method: TorchMethod) -> bool:
         (False, True)
     """
     cls = _class(method)
+    if isinstance(method, partial) and "amount" in method.keywords:
+        return True
     return cls is None or "amount" not in inspect.signature(cls).parameters
+
+
+def check_scope(method: TorchMethod, scope: Any) -> None:
+    """Refuse a scope that torch has not for `method`.
+
+    Raises:
+        ValueError: If `scope` is neither `"layer"` nor, for an unstructured method, `"global"`.
+    """
+    cls: Any = _class(method) or type(method)
+    if scope != "layer" and (scope != "global" or cls.PRUNING_TYPE != "unstructured"):
+        raise ValueError(
+            f"`scope` is expected to be 'layer' for {cls.__name__} ({cls.PRUNING_TYPE}), or "
+            f"'global' for an unstructured method, but {scope!r} came; torch.nn.utils.prune has no "
+            "other scopes"
+        )
 
 
 @torch.no_grad()
@@ -68,6 +85,7 @@ def torch_masks(
         tensor([[ True, False],
                 [ True, False]])
     """
+    check_scope(method, scope)
     check_finite(tensors)
     before = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in tensors.items()}
     before.update(masks or {})
@@ -77,13 +95,6 @@ def torch_masks(
                 name: _apply(method, name, tensor.detach(), before[name], sparsity)
                 for name, tensor in tensors.items()
             }
-        )
-    cls = _class(method) or type(method)
-    if scope != "global" or cls.PRUNING_TYPE != "unstructured":  # type: ignore[union-attr]
-        raise ValueError(
-            f"`scope` is expected to be 'layer' for {cls.__name__} ({cls.PRUNING_TYPE}), or "  # type: ignore[union-attr]
-            f"'global' for an unstructured method, but {scope!r} came; torch.nn.utils.prune has no "
-            "other scopes"
         )
     joined = torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
     held = torch.cat([before[name].reshape(-1) for name in tensors])

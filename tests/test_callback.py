@@ -5,7 +5,11 @@ import logging
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.utils import prune
 
@@ -29,8 +33,10 @@ class Watch(L.Callback):
     def __init__(self):
         self.seen = []
         self.rates = []
+        self.logged = []
 
     def on_train_epoch_end(self, trainer, pl_module):
+        self.logged.append(float(trainer.callback_metrics.get("sparsity", -1)))
         state = pl_module.state_dict()
         weights = torch.cat([state[f"{name}.weight"].flatten() for name in ("body", "head")])
         self.seen.append(round((weights == 0).float().mean().item(), 3))
@@ -152,12 +158,65 @@ def test_resumes_with_the_same_masks_and_plan_position(
     trainer(resumed, again).fit(other, batches, ckpt_path=path)
     assert watch.seen[-len(again.seen) :] == again.seen
     assert resumed.round == 3
+    assert again.logged[0] == watch.logged[-len(again.logged)]
     for name, value in other.state_dict().items():
         assert torch.equal(value == 0, expected[name] == 0)
         # Batches come in a fixed order, so from an epoch's end the weights are those of one run.
         assert when == "mid_epoch" or torch.equal(value, expected[name])
     saved = torch.load(path, weights_only=True)
     assert set(saved["state_dict"]) == set(expected)
+
+
+def test_state_of_a_checkpoint_that_was_only_tested_is_forgotten(model, batches, trainer, tmp_path):
+    fit = trainer(PruningCallback(OneShot(0.9)), max_epochs=1)
+    fit.fit(model, batches)
+    fit.save_checkpoint(tmp_path / "pruned.ckpt")
+    pruning, watch = PruningCallback(OneShot(0.9), start_epoch=2), Watch()
+    again = trainer(pruning, watch, max_epochs=3)
+    other = type(model)()
+    again.test(other, batches, ckpt_path=tmp_path / "pruned.ckpt", verbose=False)
+    again.fit(type(model)(), batches)
+    assert watch.seen == [0, 0, 0.9]
+
+
+def test_resuming_a_finished_training_keeps_its_state(model, batches, trainer, tmp_path):
+    fit = trainer(PruningCallback(OneShot(0.9)), max_epochs=2)
+    fit.fit(model, batches)
+    fit.save_checkpoint(tmp_path / "finished.ckpt")
+    pruning = PruningCallback(OneShot(0.9))
+    again = trainer(pruning, max_epochs=2)
+    other = type(model)()
+    again.fit(other, batches, ckpt_path=tmp_path / "finished.ckpt")
+    assert (pruning.round, pruning.sparsity, sparsity(other)) == (1, 0.9, 0.9)
+    assert pruning.state_dict()["masks"]
+
+
+def test_several_rounds_in_one_epoch_log_the_last(model, batches, trainer):
+    pruning = PruningCallback(Linear(0.8, 2), start_step=1, steps_per_round=2)
+    fit = trainer(pruning, max_epochs=1)
+    fit.fit(model, batches)
+    assert fit.callback_metrics["sparsity"] == pytest.approx(0.8)
+    assert fit.callback_metrics["round"] == 2
+
+
+def test_a_function_may_be_resumed_into_a_longer_training(model, batches, trainer, tmp_path):
+    def schedule(round):
+        return 1 - 0.7**round
+
+    fit = trainer(PruningCallback(schedule), max_epochs=2)
+    fit.fit(model, batches)
+    fit.save_checkpoint(tmp_path / "two.ckpt")
+    pruning = PruningCallback(schedule)
+    other = type(model)()
+    trainer(pruning, max_epochs=3).fit(other, batches, ckpt_path=tmp_path / "two.ckpt")
+    assert sparsity(other) == pytest.approx(schedule(3), abs=1e-3)
+
+
+def test_says_that_averaged_weights_are_not_masked(model, batches, trainer):
+    with pytest.warns(UserWarning, match="StochasticWeightAveraging keeps averages"):
+        trainer(
+            PruningCallback(OneShot(0.5)), StochasticWeightAveraging(0.1), fast_dev_run=True
+        ).fit(model, batches)
 
 
 def test_state_is_small_tensors_and_builtins(model, batches, trainer, tmp_path):
@@ -292,6 +351,7 @@ def test_a_plain_checkpoint_loads_into_the_plain_model(model, batches, trainer, 
     ("arguments", "message"),
     [
         (dict(schedule=3), "`schedule` is expected to be a schedule"),
+        (dict(schedule=0, importance=prune.L1Unstructured(0.5)), "expected to be at least 1"),
         (
             dict(schedule=OneShot(0.5), importance=prune.L1Unstructured(0.5)),
             "`schedule` is expected to be the number of rounds",

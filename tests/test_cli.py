@@ -149,6 +149,37 @@ def test_layer_scope_reparametrize_rewind_and_other_groups(tmp_path):
         assert layer["zeros"] == round(0.8 * layer["weights"])
 
 
+def test_a_remainder_of_epochs_trains_at_a_learning_rate_and_bfloat16_works(tmp_path):
+    pruneflow(
+        "dense.epochs=1",
+        "schedule.rounds=3",
+        "pruning.epochs=7",
+        "pruning.rewind=learning_rate",
+        "trainer.precision=bf16-true",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))[1:]
+    assert [int(row["round"]) for row in rows] == [1, 1, 2, 2, 3, 3, 3]
+    assert all(float(row["lr"]) > 0 for row in rows)
+    assert float(rows[0]["lr"]) == float(rows[2]["lr"]) == float(rows[4]["lr"])
+
+
+def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):
+    pruneflow(
+        "dense.epochs=1",
+        "pruning.epochs=2200",
+        "+trainer.max_time=00:00:00:04",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    report = facts(tmp_path / "run")
+    assert 0 < len(report["rounds"]) < 11
+    assert "**Target not reached.**" in (tmp_path / "run" / "report.md").read_text()
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_structured_torch_method(tmp_path):
     pruneflow(
         *QUICK,
@@ -193,6 +224,10 @@ def test_help_and_cfg(tmp_path):
         (["pruning.scope=channel"], "`scope` is expected to be"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
         (["dense.weights=nowhere.pt"], "'nowhere.pt' is expected to be a file"),
+        (["importance=ln_structured"], "`scope` is expected to be 'layer' for LnStructured"),
+        (["lr_scheduler.warmup_epochs=3"], "`warmup_epochs`"),
+        (["classifier.label_smoothing=2"], "`label_smoothing`"),
+        (["trainer.limit_val_batches=0"], "`trainer.limit_val_batches`"),
         (["recipe=resnet"], "resnet18_cifar10_short"),
         (["schedule=cubik"], "one_shot"),
         (["pruning.epoch=3"], "pruning.epoch"),

@@ -252,6 +252,12 @@ def test_reparametrize_refuses_by_name(model, name, why):
         Reparametrize().attach(model, MaskSet({name: torch.ones(shape, dtype=torch.bool)}), [])
 
 
+def test_in_place_refuses_sparse_gradients_by_name():
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True))
+    with pytest.raises(ValueError, match=r"those of 0\.weight are sparse"):
+        InPlace().attach(model, MaskSet({"0.weight": torch.ones(4, 2, dtype=torch.bool)}), [])
+
+
 def test_reparametrize_refuses_tied_weights():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

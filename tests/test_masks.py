@@ -66,6 +66,13 @@ def test_pruned_weights_go_first_even_if_a_survivor_is_zero():
     assert masks["w"].tolist() == [True, True, True, False]
 
 
+def test_no_score_brings_a_pruned_weight_back():
+    scores = Given({"w": torch.tensor([-float("inf"), 1.0, 2.0, 3.0])})
+    before = MaskSet({"w": torch.tensor([True, False, True, True])})
+    masks = compute_masks({"w": torch.ones(4)}, 0.25, importance=scores, masks=before)
+    assert masks["w"].tolist() == [True, False, True, True]
+
+
 def test_ties_go_in_tensor_order_then_flat_index():
     weights = {"b": torch.ones(3), "a": torch.ones(2, 2)}
     masks = compute_masks(weights, 4 / 7, importance=magnitude)

@@ -108,6 +108,13 @@ def test_frozen_are_left_out_and_listed():
     assert list(selection.frozen) == ["0.weight"]
 
 
+def test_a_buffer_that_is_named_like_a_mask_is_none():
+    model = nn.Linear(4, 4)
+    model.register_buffer("weight_mask", torch.ones(4, 4))
+    assert names(model) == ["weight"]
+    assert select(model).slots["weight"].weight.data_ptr() == model.weight.data_ptr()
+
+
 def test_names_do_not_show_compilation_or_torch_prune():
     model = nn.Sequential(nn.Linear(2, 2))
     prune.l1_unstructured(model[0], "weight", amount=0.5)

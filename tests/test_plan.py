@@ -54,6 +54,12 @@ def test_says_how_much_fine_tuning_follows():
     )
 
 
+def test_the_remedy_makes_room_for_all_rounds():
+    with pytest.raises(ValueError, match="raise `max_epochs` to 9"):
+        Plan.lay(Linear(0.9, 3), Clock(6), 6)
+    Plan.lay(Linear(0.9, 3), Clock(6), 9)
+
+
 @pytest.mark.parametrize("schedule", [OneShot(0.9), lambda k: 0.5])
 def test_refuses_what_cannot_finish(schedule):
     with pytest.raises(ValueError, match=r"`max_epochs`=10.*raise `max_epochs` to 15"):

@@ -120,6 +120,11 @@ def test_tensors_outside_any_module_equal_torch_prune_method():
     assert torch.equal(tensor * masks["t"], expected)
 
 
+def test_a_partial_with_an_amount_keeps_it():
+    method = partial(prune.L1Unstructured, amount=0.25)
+    assert pruned(nn.Linear(4, 4), importance=method).prune().pruned == 4
+
+
 def test_bad_input():
     layer = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="keeps its own amount"):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torchvision.models
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -143,17 +144,21 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     _load(network, _read_file(Path(path)), str(path), num_classes=0)
 
 
+# What `torch.load` raises for files that are damaged, foreign, or hold other objects.
+_UNREADABLE = (pickle.UnpicklingError, AttributeError, EOFError, KeyError, RuntimeError)
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        state = state.get("state_dict", state)
+    except (*_UNREADABLE, SafetensorError) as error:
         raise ValueError(
             f"`weights`={str(path)!r} is expected to hold a state_dict, but it is no such file or "
             "holds other objects, which are not unpickled; save network.state_dict()"
         ) from error
-    state = state.get("state_dict", state)
     prefixes = {key.partition(".")[0] for key in state}
     if prefixes in ({"network"}, {"model"}):
         return {key.partition(".")[2]: value for key, value in state.items()}

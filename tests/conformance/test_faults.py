@@ -103,12 +103,32 @@ def test_the_last_prune_is_followed_by_fine_tuning(model, batches, trainer):
     assert int((watch.weights == 0).sum()) > 0
 
 
-def test_lottery_ticket_rewinding_is_not_on_unasked():
-    import inspect
+def test_survivors_are_not_rewound_unasked(model, batches, trainer):
+    class MovedByPrune(Callback):
+        """How far survivors move where a round prunes: at an epoch's end or start."""
 
-    theirs = inspect.signature(ModelPruning).parameters["use_lottery_ticket_hypothesis"]
-    assert theirs.default is True
-    assert inspect.signature(PruningCallback).parameters["rewind"].default is None
+        moved = 0.0
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.before = live(pl_module.body)
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            if hasattr(self, "before"):
+                now = live(pl_module.body)
+                change = (now - self.before)[now != 0].abs().max()
+                self.moved = max(self.moved, float(change))
+
+    def live(layer):
+        return getattr(layer, "weight_orig", layer.weight).detach().clone()
+
+    theirs = ModelPruning("l1_unstructured", layers(model), amount=0.2)
+    watch = MovedByPrune()
+    trainer(theirs, watch, max_epochs=2).fit(model, batches)
+    assert watch.moved > 0  # the fault: on by default, every epoch
+
+    watch = MovedByPrune()
+    trainer(PruningCallback(Compounding(amount=0.2, rounds=2)), watch).fit(type(model)(), batches)
+    assert watch.moved == 0
 
 
 def test_a_second_fit_may_take_a_new_model(model, batches, trainer):
@@ -200,6 +220,11 @@ def test_attention_and_tied_weights():
     tied[1].weight = tied[0].weight
     prune.l1_unstructured(tied[0], "weight", 0.5)
     assert int((tied[1].weight == 0).sum()) == 0  # the fault: one side escapes the mask
+
+    ours = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    ours[1].weight = ours[0].weight
+    Pruner(ours, optimizers=[]).prune_to(0.5)
+    assert int((ours[1].weight == 0).sum()) == 8
 
 
 def test_many_rounds_do_not_drift_from_the_target():
