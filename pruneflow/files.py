@@ -21,7 +21,8 @@ def write_whole(path: Path) -> Iterator[Path]:
         path: The file to write; its folder is made when missing.
 
     Example:
-        >>> folder = Path(tempfile.mkdtemp())
+        >>> from tempfile import mkdtemp
+        >>> folder = Path(mkdtemp())
         >>> with write_whole(folder / "plan.txt") as temporary:
         ...     _ = temporary.write_text("round 1")
         >>> [file.name for file in folder.iterdir()]
