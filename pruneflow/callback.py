@@ -75,7 +75,7 @@ class PruningCallback(L.Callback):
         masking: Masking | None = None,
         rewind: Literal["learning_rate"] | None = None,
     ) -> None:
-        own_amount = is_torch_method(importance) and keeps_own_amount(importance)  # type: ignore[arg-type]
+        own_amount = is_torch_method(importance) and keeps_own_amount(importance)
         if own_amount != isinstance(schedule, int) or isinstance(schedule, bool):
             expected = (
                 f"the number of rounds, since {importance!r} keeps its own amount"

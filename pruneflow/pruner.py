@@ -79,7 +79,7 @@ class Pruner:
         self._parameters = {name: slot.parameter for name, slot in selection.slots.items()}
         resolve_scope(scope, list(self._parameters))
         if is_torch_method(importance):
-            check_scope(importance, scope)  # type: ignore[arg-type]
+            check_scope(importance, scope)
         if optimizers is None:
             warnings.warn(
                 "`optimizers` was not given to Pruner, so pruned weights will not stay zero "
@@ -119,19 +119,18 @@ class Pruner:
             masks = compute_masks(
                 self._parameters,
                 sparsity,
-                importance=self.importance,  # type: ignore[arg-type]
+                importance=self.importance,
                 scope=self.scope,
                 masks=self.masks,
                 round=round,
             )
-        elif keeps_own_amount(self.importance):  # type: ignore[arg-type]
+            return self.hold(masks)
+        if keeps_own_amount(self.importance):
             raise ValueError(
                 f"`sparsity` cannot be asked of {self.importance!r}, which keeps its own amount; "
                 "call `prune()`, or give the class instead of an instance"
             )
-        else:
-            masks = self._torch_masks(sparsity)
-        return self.hold(masks)
+        return self._run_torch_method(self.importance, sparsity)
 
     def prune(self) -> MaskSet:
         """Run one round of a torch pruning method that keeps its own amount.
@@ -139,12 +138,12 @@ class Pruner:
         Raises:
             ValueError: If the importance does not keep its own amount.
         """
-        if not is_torch_method(self.importance) or not keeps_own_amount(self.importance):  # type: ignore[arg-type]
+        if not is_torch_method(self.importance) or not keeps_own_amount(self.importance):
             raise ValueError(
                 "`importance` is expected to keep its own amount, such as L1Unstructured(0.2), "
                 f"but {self.importance!r} came; call `prune_to(sparsity)`"
             )
-        return self.hold(self._torch_masks(None))
+        return self._run_torch_method(self.importance, None)
 
     def hold(self, masks: MaskSet) -> MaskSet:
         """Hold given masks: those of a round, or of a checkpoint.
@@ -173,14 +172,11 @@ class Pruner:
         self.masking.remove()
         self._attached = False
 
-    def _torch_masks(self, sparsity: float | None) -> MaskSet:
-        return torch_masks(
-            self._parameters,
-            sparsity,
-            method=self.importance,  # type: ignore[arg-type]
-            scope=self.scope,  # type: ignore[arg-type]
-            masks=self.masks,
+    def _run_torch_method(self, method: TorchMethod, sparsity: float | None) -> MaskSet:
+        masks = torch_masks(
+            self._parameters, sparsity, method=method, scope=self.scope, masks=self.masks
         )
+        return self.hold(masks)
 
 
 def _check_held(parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:

@@ -10,19 +10,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import prune
 
-from pruneflow.masks import MaskSet, check_finite
+from pruneflow.masks import MaskSet, Scope, check_finite
 from pruneflow.plan import pruned_count
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 TorchMethod = prune.BasePruningMethod | Callable[..., prune.BasePruningMethod]
 
 
-def is_torch_method(importance: Any) -> bool:
+def is_torch_method(importance: object) -> TypeIs[TorchMethod]:
     """Whether `importance` is a torch pruning method: an instance, a class or a partial of one."""
     return isinstance(importance, prune.BasePruningMethod) or _class(importance) is not None
 
@@ -40,7 +43,7 @@ def keeps_own_amount(method: TorchMethod) -> bool:
     return cls is None or "amount" not in inspect.signature(cls).parameters
 
 
-def check_scope(method: TorchMethod, scope: Any) -> None:
+def check_scope(method: TorchMethod, scope: Scope) -> None:
     """Refuse a scope that torch has not for `method`.
 
     Raises:
@@ -61,7 +64,7 @@ def torch_masks(
     sparsity: float | None,
     *,
     method: TorchMethod,
-    scope: str = "layer",
+    scope: Scope = "layer",
     masks: Mapping[str, Tensor] | None = None,
 ) -> MaskSet:
     """Masks chosen by a torch pruning method, as `PruningContainer` composes them over rounds.
@@ -141,7 +144,7 @@ def _still_to_prune(
     return method(amount=count - pruned)
 
 
-def _class(importance: Any) -> type[prune.BasePruningMethod] | None:
+def _class(importance: object) -> type[prune.BasePruningMethod] | None:
     cls: Any = importance.func if isinstance(importance, partial) else importance
     is_method = isinstance(cls, type) and issubclass(cls, prune.BasePruningMethod)
     return cls if is_method else None
