@@ -164,6 +164,7 @@ class PruningCallback(L.Callback):
         """Hold the masks so far, once optimizers exist and a checkpoint has been loaded."""
         assert self.pruner is not None  # made when fit began
         self._take_restored()  # some strategies load a checkpoint only now
+        self._logged = None  # no epoch of this fit yet
         if self.rewind and self._learning_rate is None:
             self._learning_rate = LearningRateSnapshot(trainer.optimizers, _schedulers(trainer))
         if self._masks:

@@ -61,7 +61,7 @@ def _one_thread() -> Iterator[None]:
     """Hold PyTorch to one CPU thread.
 
     The pieces are so small that a second thread gains little, and beside a busy process (data
-    loaders, say) the threads' many short meetings take a hundred times as long as the work.
+    loaders, say) the threads' many short meetings take many times as long as the work.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -23,6 +23,16 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["report.json"]
 
 
+def test_who_reads_the_old_file_goes_on_reading_it_whole(tmp_path):
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    with target.open() as reader:
+        with write_whole(target) as path:
+            path.write_text("new and longer")
+        assert reader.read() == "old"  # the new file took its place, nothing was written into it
+    assert target.read_text() == "new and longer"
+
+
 def test_a_killed_process_leaves_no_half_written_file(tmp_path):
     target = tmp_path / "report.json"
     target.write_text("old")

@@ -170,7 +170,7 @@ def test_a_gradient_that_waits_is_masked_too(masking):
         assert int((model.state_dict()[name][~mask] != 0).sum()) == 0
 
 
-def test_in_place_zeros_survive_an_optimizer_that_is_not_elementwise():
+def test_in_place_zeros_survive_an_optimizer_with_one_state_for_all():
     model = network()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
     pruner = Pruner(model, optimizers=[optimizer])
@@ -186,6 +186,26 @@ def test_in_place_zeros_survive_an_optimizer_that_is_not_elementwise():
     pruner.prune_to(0.8)
     for _ in range(3):
         optimizer.step(closure)
+        assert sparsity(model) == pytest.approx(0.8, abs=1e-3)
+
+
+class NoisySGD(torch.optim.SGD):
+    """Langevin dynamics: each step moves every weight, whatever its gradient."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+
+
+def test_in_place_zeros_survive_an_optimizer_that_moves_every_weight():
+    model = network()
+    optimizer = NoisySGD(model.parameters(), lr=0.05)
+    Pruner(model, optimizers=[optimizer]).prune_to(0.8)
+    for seed in range(3):
+        step(model, optimizer, seed)
         assert sparsity(model) == pytest.approx(0.8, abs=1e-3)
 
 
