@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from pruneflow.importance import Importance, magnitude
-from pruneflow.masking import Masking
+from pruneflow.importance import Importance, Random, magnitude
+from pruneflow.masking import Masking, Reparametrize
 from pruneflow.masks import MaskSet, Scope
 from pruneflow.parameters import Pattern
 from pruneflow.plan import Clock, Plan
 from pruneflow.pruner import Pruner
-from pruneflow.rewinding import LearningRateSnapshot, Schedulers
+from pruneflow.rewinding import LearningRateSnapshot, OptimizerState
 from pruneflow.schedules import ScheduleLike
 from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
+from pruneflow.trainers import averaged_models, schedulers, training_length
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class PruningCallback(L.Callback):
@@ -29,12 +28,15 @@ class PruningCallback(L.Callback):
     A round prunes at the start of an epoch (or step) and the epochs after it fine-tune. The plan is
     printed before training. At the end of `fit`, also after an exception, masks are removed: plain
     parameters with exact zeros. A later `fit` of the same model holds the zeros and does not prune
-    again; another model starts over. Checkpoints hold masks and plan position.
+    again; another model starts over. Checkpoints hold masks and plan position. Averages of the
+    weights (`WeightAveraging`, `StochasticWeightAveraging`) are pruned along. Several callbacks may
+    prune different tensors of one model.
 
     Args:
         schedule: Cumulative sparsity after each round: `Compounding(target=0.98, rounds=8)`, a list
             such as `[0.5, 0.8, 0.9]`, or a function of the round, which gets as many rounds as fit
-            the training. The number of rounds where `importance` keeps its own amount.
+            the training. The number of rounds where `importance` keeps its own amount. None to
+            prune nothing, with `from_zeros`.
         importance: Scores, higher = keep, or a pruning method of torch; see `Pruner`.
         scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
         include: Globs over qualified names and module types; None for what is prunable by default.
@@ -46,11 +48,15 @@ class PruningCallback(L.Callback):
         masking: How masks are held; `InPlace()` unless given.
         rewind: `"learning_rate"` starts the learning-rate schedule again in every round, from where
             it stood when training began; None leaves it alone.
+        optimizer_state: What happens to momentum and the like after each prune: `"zero_pruned"`,
+            `"reset"` or `"keep"`; see `Pruner`.
+        from_zeros: Hold the exact zeros that the weights have when training starts, to go on with
+            an already sparse model. The schedule counts them: its first round has to reach them.
 
     Raises:
         ValueError: At construction, for arguments out of range or epochs and steps together; when
-            `fit` begins, for a plan that does not fit the training, patterns that match nothing, or
-            a checkpoint of another plan.
+            `fit` begins, for a plan that does not fit the training, patterns that match nothing,
+            tensors that another PruningCallback prunes, or a checkpoint of another plan or method.
 
     Example:
         >>> from pruneflow import Compounding
@@ -62,7 +68,7 @@ class PruningCallback(L.Callback):
 
     def __init__(
         self,
-        schedule: ScheduleLike | int,
+        schedule: ScheduleLike | int | None,
         *,
         importance: Importance | TorchMethod = magnitude,
         scope: Scope = "global",
@@ -74,9 +80,17 @@ class PruningCallback(L.Callback):
         steps_per_round: int | None = None,
         masking: Masking | None = None,
         rewind: Literal["learning_rate"] | None = None,
+        optimizer_state: OptimizerState = "zero_pruned",
+        from_zeros: bool = False,
     ) -> None:
+        if schedule is None and not from_zeros:
+            raise ValueError(
+                "`schedule` is expected to say how much to prune, but None came, which only holds "
+                "zeros that are there already; give a schedule, or set `from_zeros=True`"
+            )
         own_amount = is_torch_method(importance) and keeps_own_amount(importance)
-        if own_amount != isinstance(schedule, int) or isinstance(schedule, bool):
+        rounds = isinstance(schedule, int)
+        if schedule is not None and (own_amount != rounds or isinstance(schedule, bool)):
             expected = (
                 f"the number of rounds, since {importance!r} keeps its own amount"
                 if own_amount
@@ -96,9 +110,11 @@ class PruningCallback(L.Callback):
         self.exclude = exclude
         self.masking = masking
         self.rewind = rewind
+        self.optimizer_state = optimizer_state
+        self.from_zeros = from_zeros
         self.plan: Plan | None = None
         self.pruner: Pruner | None = None
-        self._model: weakref.ref[L.LightningModule] | None = None
+        self._model: L.LightningModule | None = None
         self._restored: Mapping[str, Any] | None = None
         self._start_over()
 
@@ -106,9 +122,16 @@ class PruningCallback(L.Callback):
         self.round = 0
         self._masks: dict[str, Any] = {}
         self._learning_rate: LearningRateSnapshot | None = None
-        self._progress: dict[str, float] = {}
+        self._pruned = 0
         self._per_layer: dict[str, float] = {}
         self._logged: int | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints keep the state: by what it prunes, as there may be several."""
+        if self.include is None and not self.exclude:
+            return type(self).__qualname__
+        return self._generate_state_key(include=_words(self.include), exclude=_words(self.exclude))
 
     @property
     def sparsity(self) -> float:
@@ -126,11 +149,22 @@ class PruningCallback(L.Callback):
         """Store what a checkpoint holds; it is put to use when a fit begins."""
         self._restored = state_dict
 
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note where a checkpoint was pruned otherwise, which would go on from a dense plan."""
+        mine = {callback.state_key for callback in _pruning_callbacks(trainer)}
+        stored = checkpoint["callbacks"]
+        kind = type(self).__qualname__
+        others = {key for key in stored if key.startswith(kind)} - mine
+        if others and self.state_key not in stored:
+            self._restored = {"others": sorted(others)}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay the plan, check it against model and training, and print it."""
-        if self._model is None or self._model() is not pl_module:
+        if self._model is not pl_module:
             self._start_over()
-        self._model = weakref.ref(pl_module)
+        self._model = pl_module
         self._learning_rate = None  # of another fit's optimizers
         finished = self.plan is not None and self.round == len(self.plan.rounds)
         self.pruner = Pruner(
@@ -141,23 +175,25 @@ class PruningCallback(L.Callback):
             exclude=self.exclude,
             optimizers=trainer.optimizers,
             masking=self.masking,
+            optimizer_state=self.optimizer_state,
         )
         if finished:
             rank_zero_info(
                 "The pruning plan is finished: its zeros are held, nothing more is pruned"
             )
         else:
-            length = _length(trainer, pl_module, self.clock, _has_rounds(self.schedule))
+            length = training_length(trainer, pl_module, self.clock, _has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
             rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-                rank_zero_warn(
-                    f"{type(callback).__name__} keeps averages of the weights that pruneflow does "
-                    "not mask yet, so the averaged model will be dense; leave one of the two out"
-                )
+        averaging = [name for name, _ in averaged_models(trainer)]
+        if averaging and isinstance(self.masking, Reparametrize):
+            raise ValueError(
+                f"`masking` Reparametrize is expected without {averaging[0]}, which averages "
+                "parameters by their order; use masking=InPlace()"
+            )
+        self._check_disjoint(trainer)
         self._take_restored()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,9 +202,13 @@ class PruningCallback(L.Callback):
         self._take_restored()  # some strategies load a checkpoint only now
         self._logged = None  # no epoch of this fit yet
         if self.rewind and self._learning_rate is None:
-            self._learning_rate = LearningRateSnapshot(trainer.optimizers, _schedulers(trainer))
+            self._learning_rate = LearningRateSnapshot(trainer.optimizers, schedulers(trainer))
         if self._masks:
             self.pruner.hold(MaskSet.from_state(self._masks))
+        elif self.from_zeros:
+            self.pruner.hold_zeros()
+            self._check_reachable(self.pruner.masks.sparsity)
+        self._mask_averages(trainer)
         self._measure()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -192,6 +232,7 @@ class PruningCallback(L.Callback):
         return {
             "version": _STATE_VERSION,
             "round": self.round,
+            "method": self._method(),
             "plan": self.plan.state() if self.plan else None,
             "masks": held.state() if held else self._masks,
             "learning_rate": self._learning_rate.state() if self._learning_rate else None,
@@ -234,15 +275,48 @@ class PruningCallback(L.Callback):
         else:
             self.pruner.prune_to(sparsity, round=due)
         self.round = due
+        self._mask_averages(trainer)
         self._measure()
         if self._learning_rate is not None:
-            self._learning_rate.restore(trainer.optimizers, _schedulers(trainer))
+            self._learning_rate.restore(trainer.optimizers, schedulers(trainer))
         return True
+
+    def _mask_averages(self, trainer: L.Trainer) -> None:
+        assert self.pruner is not None
+        for _, average in averaged_models(trainer):
+            self.pruner.apply_to(average)
+
+    def _check_disjoint(self, trainer: L.Trainer) -> None:
+        assert self.pruner is not None
+        for other in _pruning_callbacks(trainer):
+            if other is not self and other.pruner is not None:
+                both = sorted(set(self.pruner.names) & set(other.pruner.names))
+                if both:
+                    raise ValueError(
+                        "`include`/`exclude` of several PruningCallbacks are expected to select "
+                        f"different tensors, but two select {', '.join(both)}; exclude them in one"
+                    )
+
+    def _check_reachable(self, present: float) -> None:
+        assert self.plan is not None
+        for planned in self.plan.rounds:
+            if planned.sparsity is not None and planned.sparsity < present:
+                raise ValueError(
+                    f"`schedule` is expected to start from the sparsity {present:.6g} that the "
+                    f"model has already, but round {planned.number} asks for {planned.sparsity:.6g}"
+                    "; pruned weights stay pruned, so let the first round ask for more"
+                )
+
+    def _method(self) -> dict[str, str]:
+        importance: Any = self.importance
+        if not isinstance(importance, Random):  # its repr holds the seed and nothing else
+            importance = getattr(importance, "__qualname__", None) or type(importance).__qualname__
+        return {"importance": str(importance), "scope": str(self.scope)}
 
     def _measure(self) -> None:
         assert self.pruner is not None
         masks = self.pruner.masks
-        self._progress = {"sparsity": masks.sparsity, "round": float(self.round)}
+        self._pruned = masks.pruned
         self._per_layer = {
             f"sparsity/{name}": MaskSet({name: mask}).sparsity for name, mask in masks.items()
         }
@@ -251,13 +325,25 @@ class PruningCallback(L.Callback):
         self._logged = trainer.current_epoch
         # Of several rounds in one epoch the last counts, and masks only grow.
         settings: Any = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
-        pl_module.log_dict(self._progress, prog_bar=True, **settings)
         pl_module.log_dict(self._per_layer, **settings)
+        callbacks = _pruning_callbacks(trainer)
+        if callbacks[-1] is self:  # the others have pruned by now
+            pruned = sum(callback._pruned for callback in callbacks)
+            weights = sum(callback.pruner.weights for callback in callbacks if callback.pruner)
+            reached = max(callback.round for callback in callbacks)
+            totals = {"sparsity": pruned / weights, "round": float(reached)}
+            pl_module.log_dict(totals, prog_bar=True, **settings)
 
     def _take_restored(self) -> None:
         state, self._restored = self._restored, None
         if state is None:
             return
+        if "others" in state:
+            raise ValueError(
+                f"the checkpoint is expected to hold the state of {self.state_key!r}, but holds "
+                f"{', '.join(map(repr, state['others']))}; resume with the same `include` and "
+                "`exclude`, or start from its weights with `from_zeros=True`"
+            )
         assert self.plan is not None
         if state.get("version") != _STATE_VERSION:
             raise ValueError(
@@ -269,6 +355,12 @@ class PruningCallback(L.Callback):
                 "the checkpoint is expected to come from the same plan, but its rounds are "
                 f"{_rounds(state['plan'])}, and those of this training {_rounds(self.plan.state())}"
                 "; resume with the same schedule and clock, or start from its weights alone"
+            )
+        if state["method"] != self._method():
+            raise ValueError(
+                f"the checkpoint is expected to come from the same method, {self._method()}, but "
+                f"comes from {state['method']}; resume with that, or start from its weights with "
+                "`from_zeros=True`"
             )
         self.round = state["round"]
         self._masks = state["masks"]
@@ -308,31 +400,19 @@ def _clock(
     return Clock(start_epoch or 0, 1 if epochs_per_round is None else epochs_per_round, "epoch")
 
 
-def _has_rounds(schedule: ScheduleLike | int) -> bool:
-    return not callable(schedule) or hasattr(schedule, "rounds")
+def _pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, PruningCallback)]
 
 
-def _length(
-    trainer: L.Trainer, pl_module: L.LightningModule, clock: Clock, has_rounds: bool
-) -> int | None:
-    """Epochs or steps of the training; None when it has no end, or it is not known."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        # Every round runs at once, so all that a plain function needs is room for one.
-        return None if has_rounds else clock.start + 1
-    if clock.unit == "epoch":
-        return None if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    if not pl_module.automatic_optimization:
-        return None if trainer.max_steps == -1 else trainer.max_steps
-    if trainer.ckpt_path is not None and has_rounds:
-        # Lightning would set the data up to count its steps, before it restores their state. The
-        # plan was checked when the training began.
+def _words(patterns: Sequence[Pattern] | None) -> list[str] | None:
+    if patterns is None:
         return None
-    steps = trainer.estimated_stepping_batches
-    return None if steps == float("inf") else int(steps)
+    return [pattern if isinstance(pattern, str) else pattern.__qualname__ for pattern in patterns]
 
 
-def _schedulers(trainer: L.Trainer) -> Schedulers:
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
+def _has_rounds(schedule: ScheduleLike | int | None) -> bool:
+    return not callable(schedule) or hasattr(schedule, "rounds")
 
 
 def _rounds(plan: Mapping[str, Any]) -> str:

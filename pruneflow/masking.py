@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from pruneflow.masks import MaskSet
 from pruneflow.parameters import Slot, locate
-from pruneflow.rewinding import zero_pruned_state
 
 
 class Masking(Protocol):
@@ -55,7 +54,6 @@ class InPlace:
     def __init__(self) -> None:
         # name -> (parameter, keep bits); int8, -1 where kept and 0 where pruned: see `_clear`.
         self._held: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        self._optimizers: Sequence[Optimizer] = ()
         self._handles: list[Any] = []
 
     @property
@@ -77,7 +75,6 @@ class InPlace:
                 "`masking` InPlace is expected to get tensors with dense gradients, but those of "
                 f"{', '.join(sparse)} are sparse; set `sparse=False` there, or `exclude` them"
             )
-        self._optimizers = optimizers
         for name in masks:
             parameter = slots[name].parameter
             # The same memory layout as the weight, so that each pass runs straight through both.
@@ -98,15 +95,12 @@ class InPlace:
             _clear(parameter, bits)
             if parameter.grad is not None:
                 _clear(parameter.grad, bits)
-        zero_pruned_state(
-            self._optimizers, [(p, masks[name]) for name, (p, _) in self._held.items()]
-        )
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks."""
         for handle in self._handles:
             handle.remove()
-        self._held, self._optimizers, self._handles = {}, (), []
+        self._held, self._handles = {}, []
 
     def _after_step(self, *_: Any) -> None:
         for parameter, bits in self._held.values():
@@ -132,7 +126,6 @@ class Reparametrize:
     def __init__(self) -> None:
         self._slots: dict[str, Slot] = {}
         self._order: dict[nn.Module, list[str]] = {}
-        self._optimizers: Sequence[Optimizer] = ()
         self._handles: list[Any] = []
 
     @property
@@ -157,7 +150,6 @@ class Reparametrize:
                 f"hold, but cannot hold {', '.join(refused)}; use masking=InPlace(), or `exclude` "
                 "them"
             )
-        self._optimizers = optimizers
         for name in masks:
             slot = self._slots[name] = slots[name]
             self._order.setdefault(slot.module, list(slot.module._parameters))
@@ -180,8 +172,6 @@ class Reparametrize:
             if slot.parameter.grad is not None:
                 slot.parameter.grad.masked_fill_(~masks[name], 0)
             setattr(slot.module, slot.attribute, slot.weight)
-        pairs = [(slot.parameter, masks[name]) for name, slot in self._slots.items()]
-        zero_pruned_state(self._optimizers, pairs)
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros, in the order they had before."""
@@ -192,7 +182,7 @@ class Reparametrize:
         for module, order in self._order.items():
             for attribute in order:
                 module._parameters[attribute] = module._parameters.pop(attribute)
-        self._slots, self._order, self._optimizers, self._handles = {}, {}, (), []
+        self._slots, self._order, self._handles = {}, {}, []
 
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -82,13 +82,14 @@ class Plan:
 
     @classmethod
     def lay(
-        cls, schedule: ScheduleLike | int, clock: Clock = Clock(), length: int | None = None
+        cls, schedule: ScheduleLike | int | None, clock: Clock = Clock(), length: int | None = None
     ) -> Plan:
         """Lay a schedule on a clock within a training of `length` epochs or steps.
 
         Args:
             schedule: A schedule; or the number of rounds where a method keeps its own amount and
-                sparsity is not known ahead. A plain callable gets as many rounds as fit.
+                sparsity is not known ahead. A plain callable gets as many rounds as fit, and None
+                is no rounds at all.
             clock: When the rounds happen.
             length: Epochs or steps of the training; None when it has no end.
 
@@ -97,7 +98,9 @@ class Plan:
         """
         fitting = None if length is None else max(1, -(-(length - clock.start) // clock.every))
         sparsities: tuple[float | None, ...]
-        if isinstance(schedule, int):
+        if schedule is None:
+            sparsities = ()
+        elif isinstance(schedule, int):
             if schedule < 1:
                 raise ValueError(
                     f"`schedule`, as a number of rounds, is expected to be at least 1, but "

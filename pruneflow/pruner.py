@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import get_args
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
 from pruneflow.masks import MaskSet, Scope, compute_masks, resolve_scope
-from pruneflow.parameters import Pattern, select
+from pruneflow.parameters import Pattern, locate, select
+from pruneflow.rewinding import OptimizerState, settle_optimizer_state
 from pruneflow.torch_methods import (
     TorchMethod,
     check_scope,
@@ -36,10 +39,12 @@ class Pruner:
         optimizers: The optimizers of the training. `[]` says that there is none; None warns,
             since the zeros do not hold through a training whose optimizers are not known.
         masking: How masks are held; `InPlace()` unless given.
+        optimizer_state: What happens to momentum and the like after each prune: `"zero_pruned"`
+            zeroes it where weights are pruned, `"reset"` forgets all of it, `"keep"` leaves it.
 
     Raises:
-        ValueError: If a pattern or the scope does not fit the model, or a tensor to prune is in
-            none of the optimizers.
+        ValueError: If a pattern or the scope does not fit the model, a tensor to prune is in none
+            of the optimizers, or `optimizer_state` is unknown.
 
     Example:
         >>> import torch
@@ -64,11 +69,18 @@ class Pruner:
         exclude: Sequence[Pattern] = (),
         optimizers: Sequence[Optimizer] | None = None,
         masking: Masking | None = None,
+        optimizer_state: OptimizerState = "zero_pruned",
     ) -> None:
+        if optimizer_state not in get_args(OptimizerState):
+            raise ValueError(
+                f"`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
+                f"{optimizer_state!r} came"
+            )
         self.model = model
         self.importance = importance
         self.scope = scope
         self.masking: Masking = InPlace() if masking is None else masking
+        self.optimizer_state = optimizer_state
         selection = select(model, include, exclude)
         self.frozen = tuple(selection.frozen)
         if not selection.slots:
@@ -90,6 +102,11 @@ class Pruner:
             _check_held(self._parameters, optimizers)
         self._optimizers = optimizers or []
         self._attached = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified names of the tensors to prune."""
+        return tuple(self._parameters)
 
     @property
     def weights(self) -> int:
@@ -124,7 +141,7 @@ class Pruner:
                 masks=self.masks,
                 round=round,
             )
-            return self.hold(masks)
+            return self._prune(masks)
         if keeps_own_amount(self.importance):
             raise ValueError(
                 f"`sparsity` cannot be asked of {self.importance!r}, which keeps its own amount; "
@@ -145,8 +162,21 @@ class Pruner:
             )
         return self._run_torch_method(self.importance, None)
 
+    def hold_zeros(self) -> MaskSet:
+        """Hold the exact zeros that the weights have now, to fine-tune an already sparse model.
+
+        Example:
+            >>> layer = nn.Linear(2, 2)
+            >>> _ = layer.weight.data.fill_diagonal_(0)
+            >>> Pruner(layer, optimizers=[]).hold_zeros()
+            MaskSet(1 tensors, 2 of 4 weights pruned)
+        """
+        return self._prune(
+            MaskSet({name: tensor.detach() != 0 for name, tensor in self._parameters.items()})
+        )
+
     def hold(self, masks: MaskSet) -> MaskSet:
-        """Hold given masks: those of a round, or of a checkpoint.
+        """Hold given masks, such as those of a checkpoint; the optimizers' state is left alone.
 
         Raises:
             ValueError: If the masks are not exactly those of the tensors to prune.
@@ -167,6 +197,20 @@ class Pruner:
             self._attached = True
         return masks
 
+    @torch.no_grad()
+    def apply_to(self, copy: nn.Module) -> None:
+        """Zero in a copy of the model, such as an average of its weights, what is pruned here.
+
+        Zeros averaged with zeros stay zero, so once after each prune is enough.
+
+        Args:
+            copy: A model with the same parameters, plain.
+        """
+        slots = locate(copy)
+        for name, mask in self.masks.items():
+            parameter = slots[name].parameter
+            parameter.masked_fill_(~mask.to(parameter.device), 0)
+
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks, buffers or masks."""
         self.masking.remove()
@@ -176,7 +220,15 @@ class Pruner:
         masks = torch_masks(
             self._parameters, sparsity, method=method, scope=self.scope, masks=self.masks
         )
-        return self.hold(masks)
+        return self._prune(masks)
+
+    def _prune(self, masks: MaskSet) -> MaskSet:
+        changed = masks.pruned != self.masks.pruned
+        masks = self.hold(masks)
+        if changed:
+            pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
+            settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
+        return masks
 
 
 def _check_held(parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 Schedulers = Sequence[LRScheduler | ReduceLROnPlateau]
+OptimizerState = Literal["keep", "zero_pruned", "reset"]
 
 
 class LearningRateSnapshot:
@@ -70,20 +71,34 @@ class LearningRateSnapshot:
 
 
 @torch.no_grad()
-def zero_pruned_state(
-    optimizers: Sequence[Optimizer], masks: Sequence[tuple[Tensor, Tensor]]
+def settle_optimizer_state(
+    policy: OptimizerState, optimizers: Sequence[Optimizer], masks: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """Zero what optimizers remember (momentum, moments) of pruned weights.
+    """Settle, after a prune, what optimizers remember: momentum, moments, steps.
 
-    A remembered momentum would move a pruned weight, and a weight that has no gradient any more
-    should not have one either. LBFGS keeps one vector for all parameters, hence its state is reset.
+    `"zero_pruned"` zeroes it where a weight is pruned: what has no gradient any more should have no
+    momentum either, and what survives goes on undisturbed. `"reset"` forgets all of it, as if
+    training began here, and `"keep"` leaves it alone. LBFGS keeps one vector for all parameters,
+    hence is reset unless kept.
 
     Args:
+        policy: `"keep"`, `"zero_pruned"` or `"reset"`.
         optimizers: The optimizers.
         masks: Pairs (parameter, bool mask of its shape, True = keep).
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> weight.sum().backward(); optimizer.step()
+        >>> mask = torch.tensor([True, False])
+        >>> settle_optimizer_state("zero_pruned", [optimizer], [(weight, mask)])
+        >>> optimizer.state[weight]["momentum_buffer"]
+        tensor([1., 0.])
     """
+    if policy == "keep":
+        return
     for optimizer in optimizers:
-        if isinstance(optimizer, LBFGS):
+        if policy == "reset" or isinstance(optimizer, LBFGS):
             optimizer.state.clear()
         for parameter, mask in masks:
             # `in` first: the state is a defaultdict, and asking for an entry would make one.

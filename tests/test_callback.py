@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
     TQDMProgressBar,
@@ -212,11 +213,63 @@ def test_a_function_may_be_resumed_into_a_longer_training(model, batches, traine
     assert sparsity(other) == pytest.approx(schedule(3), abs=1e-3)
 
 
-def test_says_that_averaged_weights_are_not_masked(model, batches, trainer):
-    with pytest.warns(UserWarning, match="StochasticWeightAveraging keeps averages"):
-        trainer(
-            PruningCallback(OneShot(0.5)), StochasticWeightAveraging(0.1), fast_dev_run=True
-        ).fit(model, batches)
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    "averaging", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.1, 2)]
+)
+def test_averages_of_the_weights_are_pruned_along(model, batches, trainer, averaging, order):
+    class AtValidation(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_validation_end(self, trainer, pl_module):
+            self.seen.append(round(sparsity(pl_module), 3))
+
+    watch = AtValidation()
+    callbacks = [PruningCallback([0.5, 0.9], start_epoch=2), averaging()][::order]
+    fit = trainer(*callbacks, watch, max_epochs=5)
+    fit.fit(model, batches)
+    assert watch.seen[-4:] == [0.0, 0.5, 0.9, 0.9]
+    assert sparsity(model) == 0.9
+
+
+def test_a_reparametrized_model_is_not_averaged(model, batches, trainer):
+    pruning = PruningCallback(OneShot(0.5), masking=Reparametrize())
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging.*InPlace"):
+        trainer(pruning, EMAWeightAveraging()).fit(model, batches)
+
+
+def test_several_callbacks_prune_different_tensors(model, batches, trainer, tmp_path):
+    def callbacks():
+        body = PruningCallback([0.5, 0.9], include=["body.*"])
+        return body, PruningCallback(OneShot(0.4), include=["head.*"], start_epoch=1)
+
+    fit = trainer(*callbacks(), max_epochs=2)
+    fit.fit(model, batches)
+    assert (sparsity(model, include=["body.*"]), sparsity(model, include=["head.*"])) == (0.9, 0.4)
+    assert fit.callback_metrics["sparsity"] == pytest.approx(940 / 1100)
+    fit.save_checkpoint(tmp_path / "two.ckpt")
+    resumed = callbacks()
+    trainer(*resumed, max_epochs=3).fit(type(model)(), batches, ckpt_path=tmp_path / "two.ckpt")
+    assert [pruning.sparsity for pruning in resumed] == [0.9, 0.4]
+    overlapping = PruningCallback(OneShot(0.5), exclude=["head.*"])
+    with pytest.raises(ValueError, match=r"different tensors, but two select body\.weight"):
+        trainer(callbacks()[0], overlapping).fit(model, batches)
+
+
+def test_goes_on_from_zeros(model, batches, trainer):
+    with torch.no_grad():
+        model.body.weight[:, ::2] = 0
+    zeros = model.body.weight == 0
+    trainer(PruningCallback(None, from_zeros=True), max_epochs=1).fit(model, batches)
+    assert torch.equal(model.body.weight == 0, zeros)
+    trainer(PruningCallback([0.6, 0.9], from_zeros=True), max_epochs=2).fit(model, batches)
+    assert int((model.body.weight[zeros] != 0).sum()) == 0
+    assert sparsity(model) == 0.9
+    with pytest.raises(ValueError, match=r"start from the sparsity 0\.9 that the model has"):
+        trainer(PruningCallback([0.6, 0.95], from_zeros=True)).fit(model, batches)
+    with pytest.raises(ValueError, match="`from_zeros=True`"):
+        PruningCallback(None)
 
 
 def test_state_is_small_tensors_and_builtins(model, batches, trainer, tmp_path):
@@ -230,6 +283,25 @@ def test_state_is_small_tensors_and_builtins(model, batches, trainer, tmp_path):
     json.dumps(state)  # nothing but builtins is left
 
 
+def test_refuses_to_resume_another_method(model, batches, trainer, tmp_path):
+    fit = trainer(PruningCallback(OneShot(0.9)), max_epochs=1)
+    fit.fit(model, batches)
+    path = tmp_path / "one.ckpt"
+    fit.save_checkpoint(path)
+    for other, difference in (
+        (PruningCallback(OneShot(0.9), importance=Random(3)), r"Random\(seed=3\).*magnitude"),
+        (PruningCallback(OneShot(0.9), scope="layer"), r"'scope': 'layer'.*'scope': 'global'"),
+    ):
+        with pytest.raises(ValueError, match=difference):
+            trainer(other, max_epochs=2).fit(type(model)(), batches, ckpt_path=path)
+    other = trainer(PruningCallback(OneShot(0.9), exclude=["head.*"]), max_epochs=2)
+    with (
+        pytest.warns(UserWarning, match="callbacks used to create the checkpoint"),
+        pytest.raises(ValueError, match=r"head.*but holds 'PruningCallback'"),
+    ):
+        other.fit(type(model)(), batches, ckpt_path=path)
+
+
 def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_path):
     fit = trainer(PruningCallback(Linear(0.9, 2)), max_epochs=2)
     fit.fit(model, batches)
@@ -240,7 +312,7 @@ def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_
     checkpoint = torch.load(path)
     next(iter(checkpoint["callbacks"].values()))["version"] = 99
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="version 1, but 99 came"):
+    with pytest.raises(ValueError, match="version 2, but 99 came"):
         trainer(PruningCallback(Linear(0.9, 2))).fit(type(model)(), batches, ckpt_path=path)
 
 

@@ -89,3 +89,45 @@ def test_refuses_masks_that_are_not_of_the_tensors_to_prune():
         pruner.hold(MaskSet({"0.weight": mask}))
     with pytest.raises(ValueError, match=r"has no '0\.bias'"):
         pruner.hold(MaskSet({"0.bias": mask}))
+
+
+def test_optimizer_state_after_a_prune():
+    def momentum_after(policy):
+        layer = nn.Linear(2, 1, bias=False)
+        layer.weight.data = torch.tensor([[0.1, 1.0]])
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.5)
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        pruner = Pruner(layer, optimizers=[optimizer], optimizer_state=policy)
+        pruner.prune_to(0.5)
+        state = optimizer.state[layer.weight]
+        before = state["momentum_buffer"].tolist() if state else None
+        optimizer.zero_grad()
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        pruner.prune_to(0.5)  # prunes nothing more, hence settles nothing
+        after = optimizer.state[layer.weight]["momentum_buffer"].tolist()
+        assert layer.weight[0, 0] == 0
+        return before, after
+
+    assert momentum_after("keep") == ([[1.0, 1.0]], [[0.5, 1.5]])
+    assert momentum_after("zero_pruned") == ([[0.0, 1.0]], [[0.0, 1.5]])
+    assert momentum_after("reset") == (None, [[0.0, 1.0]])
+    with pytest.raises(ValueError, match="`optimizer_state` is expected to be"):
+        momentum_after("forget")
+
+
+def test_adam_forgets_its_moments_only_when_reset():
+    def steps_after(policy):
+        network = model()
+        optimizer = torch.optim.Adam(network.parameters())
+        train(network, optimizer)
+        mask = Pruner(network, optimizers=[optimizer], optimizer_state=policy).prune_to(0.5)
+        state = optimizer.state[network[0].weight]
+        if policy == "zero_pruned":
+            assert (state["exp_avg_sq"][~mask["0.weight"]] == 0).all()
+            assert (state["exp_avg_sq"][mask["0.weight"]] > 0).any()
+        train(network, optimizer, steps=1)
+        return int(optimizer.state[network[0].weight]["step"])
+
+    assert [steps_after(policy) for policy in ("keep", "zero_pruned", "reset")] == [4, 4, 1]

@@ -7,7 +7,12 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelPruning
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.nn.utils import prune
 
@@ -86,6 +91,60 @@ def test_a_checkpoint_before_the_masks_are_removed_loads(model, batches, trainer
         plain = type(model)()
         plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=True)
         assert sparsity(plain) == 0.5
+
+
+def test_a_buffer_of_the_model_may_end_in_mask(model, batches, trainer, tmp_path):
+    def with_buffer():
+        new = type(model)()
+        new.register_buffer("attention_mask", torch.ones(3))
+        return new
+
+    theirs = with_buffer()
+    with pytest.raises(KeyError, match="attention_orig"):
+        trainer(model_pruning(theirs), SaveAt(tmp_path / "one.ckpt", 0), max_epochs=1).fit(
+            theirs, batches
+        )
+
+    for masking in (InPlace, Reparametrize):
+        ours, path = with_buffer(), tmp_path / "ours.ckpt"
+        fit = trainer(
+            PruningCallback(OneShot(0.5), masking=masking()), SaveAt(path, 0), max_epochs=1
+        )
+        fit.fit(ours, batches)
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert set(state) == set(with_buffer().state_dict())
+
+
+@pytest.mark.parametrize(
+    "averaging", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.1, 2)]
+)
+def test_averaged_weights_are_sparse(model, batches, trainer, averaging):
+    def sparsity_after(make_pruning, order):
+        new = type(model)()
+        # With biases the fault is another one: parameters change their order, and shapes differ.
+        new.body.bias = new.head.bias = None
+        trainer(*[make_pruning(new), averaging()][::order], max_epochs=4).fit(new, batches)
+        return sparsity(new)
+
+    assert 0.0 in {sparsity_after(model_pruning, order) for order in (1, -1)}
+
+    ours = {sparsity_after(lambda _: PruningCallback(OneShot(0.5)), order) for order in (1, -1)}
+    assert ours == {0.5}
+
+
+def test_parameters_keep_their_order(model):
+    plain = [name for name, _ in model.named_parameters()]
+    theirs = copy.deepcopy(model)
+    for layer, name in layers(theirs):
+        prune.l1_unstructured(layer, name, 0.5)
+        prune.remove(layer, name)
+    assert [name for name, _ in theirs.named_parameters()] != plain
+
+    for masking in (InPlace, Reparametrize):
+        pruner = Pruner(model, optimizers=[], masking=masking())
+        pruner.prune_to(0.5)
+        pruner.remove()
+        assert [name for name, _ in model.named_parameters()] == plain
 
 
 def test_the_last_prune_is_followed_by_fine_tuning(model, batches, trainer):
