@@ -20,6 +20,8 @@ from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amou
 from pruneflow.trainers import averaged_models, schedulers, training_length
 
 _STATE_VERSION = 2
+# Of several rounds in one epoch the last counts, and masks only grow.
+_LOGGED_PER_EPOCH: Any = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
 
 
 class PruningCallback(L.Callback):
@@ -226,6 +228,12 @@ class PruningCallback(L.Callback):
         if pruned or self._logged != trainer.current_epoch:
             self._log(trainer, pl_module)
 
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what is being validated: a checkpoint saved then must not go by last epoch's name."""
+        if self.pruner is not None and not trainer.sanity_checking:
+            # Not to the logger, which gets the same numbers at the epoch's end.
+            self._log_totals(trainer, pl_module, logger=False)
+
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
         held = self.pruner.masks if self.pruner else None
@@ -323,16 +331,19 @@ class PruningCallback(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._logged = trainer.current_epoch
-        # Of several rounds in one epoch the last counts, and masks only grow.
-        settings: Any = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
-        pl_module.log_dict(self._per_layer, **settings)
+        pl_module.log_dict(self._per_layer, **_LOGGED_PER_EPOCH)
+        self._log_totals(trainer, pl_module)
+
+    def _log_totals(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, logger: bool | None = None
+    ) -> None:
         callbacks = _pruning_callbacks(trainer)
         if callbacks[-1] is self:  # the others have pruned by now
             pruned = sum(callback._pruned for callback in callbacks)
             weights = sum(callback.pruner.weights for callback in callbacks if callback.pruner)
             reached = max(callback.round for callback in callbacks)
             totals = {"sparsity": pruned / weights, "round": float(reached)}
-            pl_module.log_dict(totals, prog_bar=True, **settings)
+            pl_module.log_dict(totals, prog_bar=True, logger=logger, **_LOGGED_PER_EPOCH)
 
     def _take_restored(self) -> None:
         state, self._restored = self._restored, None

@@ -4,12 +4,14 @@ Each test first shows the fault where it is, so that what the README claims stay
 """
 
 import copy
+import logging
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
 )
@@ -91,6 +93,36 @@ def test_a_checkpoint_before_the_masks_are_removed_loads(model, batches, trainer
         plain = type(model)()
         plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=True)
         assert sparsity(plain) == 0.5
+
+
+def test_a_checkpoint_is_named_after_the_sparsity_of_its_weights(model, batches, trainer, tmp_path):
+    class LogSparsity(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("sparsity", sparsity(pl_module))
+
+    def saved(folder):
+        pairs = set()
+        for path in folder.glob("*.ckpt"):
+            plain = type(model)()
+            plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+            pairs.add((path.stem, f"sparsity={sparsity(plain):.2f}"))
+        return pairs
+
+    def checkpoint(folder):
+        return ModelCheckpoint(folder, filename="{sparsity:.2f}", save_top_k=-1)
+
+    theirs = type(model)()
+    folder = tmp_path / "theirs"
+    trainer(
+        LogSparsity(), model_pruning(theirs), checkpoint(folder), enable_checkpointing=True
+    ).fit(theirs, batches)
+    assert any(name != weights for name, weights in saved(folder))
+
+    folder = tmp_path / "ours"
+    trainer(PruningCallback([0.5, 0.8]), checkpoint(folder), enable_checkpointing=True).fit(
+        model, batches
+    )
+    assert saved(folder) == {(name, name) for name in ("sparsity=0.50", "sparsity=0.80")}
 
 
 def test_a_buffer_of_the_model_may_end_in_mask(model, batches, trainer, tmp_path):
@@ -284,6 +316,18 @@ def test_attention_and_tied_weights():
     ours[1].weight = ours[0].weight
     Pruner(ours, optimizers=[]).prune_to(0.5)
     assert int((ours[1].weight == 0).sum()) == 8
+
+
+def test_what_was_asked_for_is_reached_and_said(model, batches, trainer, caplog):
+    caplog.set_level(logging.INFO)
+    trainer(model_pruning(model), max_epochs=3).fit(model, batches)
+    assert sparsity(model) == 0.875  # the fault: asked was 0.5; every epoch compounds it
+    assert "87.5" not in caplog.text
+
+    ours = type(model)()
+    trainer(PruningCallback(OneShot(0.5)), max_epochs=3).fit(ours, batches)
+    assert sparsity(ours) == 0.5
+    assert "50.00 %           550" in caplog.text
 
 
 def test_many_rounds_do_not_drift_from_the_target():
