@@ -20,7 +20,7 @@ from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amou
 from pruneflow.trainers import averaged_models, schedulers, training_length
 
 _STATE_VERSION = 2
-# Of several rounds in one epoch the last counts, and masks only grow.
+# Of what is logged in one epoch the last counts, and masks only grow.
 _LOGGED_PER_EPOCH: Any = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
 
 
@@ -337,13 +337,13 @@ class PruningCallback(L.Callback):
     def _log_totals(
         self, trainer: L.Trainer, pl_module: L.LightningModule, logger: bool | None = None
     ) -> None:
+        # Each of several callbacks logs what all have pruned by now; the last of the logs counts.
         callbacks = _pruning_callbacks(trainer)
-        if callbacks[-1] is self:  # the others have pruned by now
-            pruned = sum(callback._pruned for callback in callbacks)
-            weights = sum(callback.pruner.weights for callback in callbacks if callback.pruner)
-            reached = max(callback.round for callback in callbacks)
-            totals = {"sparsity": pruned / weights, "round": float(reached)}
-            pl_module.log_dict(totals, prog_bar=True, logger=logger, **_LOGGED_PER_EPOCH)
+        pruned = sum(callback._pruned for callback in callbacks)
+        weights = sum(callback.pruner.weights for callback in callbacks if callback.pruner)
+        reached = max(callback.round for callback in callbacks)
+        totals = {"sparsity": pruned / weights, "round": float(reached)}
+        pl_module.log_dict(totals, prog_bar=True, logger=logger, **_LOGGED_PER_EPOCH)
 
     def _take_restored(self) -> None:
         state, self._restored = self._restored, None

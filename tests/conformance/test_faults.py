@@ -321,7 +321,7 @@ def test_attention_and_tied_weights():
 def test_what_was_asked_for_is_reached_and_said(model, batches, trainer, caplog):
     caplog.set_level(logging.INFO)
     trainer(model_pruning(model), max_epochs=3).fit(model, batches)
-    assert sparsity(model) == 0.875  # the fault: asked was 0.5; every epoch compounds it
+    assert sparsity(model) == pytest.approx(0.875, abs=1e-3)  # the fault: every epoch compounds
     assert "87.5" not in caplog.text
 
     ours = type(model)()
