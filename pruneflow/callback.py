@@ -17,7 +17,7 @@ from pruneflow.pruner import Pruner
 from pruneflow.rewinding import LearningRateSnapshot, OptimizerState
 from pruneflow.schedules import ScheduleLike
 from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
-from pruneflow.trainers import averaged_models, schedulers, training_length
+from pruneflow.trainers import averaged_models, check_strategy, schedulers, training_length
 
 _STATE_VERSION = 2
 # Of what is logged in one epoch the last counts, and masks only grow.
@@ -164,6 +164,7 @@ class PruningCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay the plan, check it against model and training, and print it."""
+        check_strategy(trainer)
         if self._model is not pl_module:
             self._start_over()
         self._model = pl_module

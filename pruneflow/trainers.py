@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 
 from pruneflow.plan import Clock
@@ -45,3 +46,17 @@ def averaged_models(trainer: L.Trainer) -> Iterator[tuple[str, nn.Module]]:
             yield type(callback).__name__, average.module
         if isinstance(callback, StochasticWeightAveraging) and average is not None:
             yield type(callback).__name__, average
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Refuse strategies that flatten many parameters into one, which leaves nothing to prune.
+
+    Raises:
+        ValueError: Naming the strategy.
+    """
+    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+        raise ValueError(
+            "`strategy` is expected to keep every parameter by itself, but "
+            f"{type(trainer.strategy).__name__} flattens many into one; use strategy='ddp', or "
+            "ModelParallelStrategy for sharded parameters"
+        )

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.nn.utils import prune
 
 from pruneflow import (
@@ -437,3 +438,12 @@ def test_a_plain_checkpoint_loads_into_the_plain_model(model, batches, trainer, 
 def test_bad_arguments_fail_at_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         PruningCallback(**arguments)
+
+
+def test_refuses_strategies_that_flatten_parameters(model, batches, trainer):
+    pruning = PruningCallback(OneShot(0.5))
+    fit = trainer(pruning)
+    # Lightning lets it run on a GPU only.
+    fit._accelerator_connector.strategy = FSDPStrategy.__new__(FSDPStrategy)
+    with pytest.raises(ValueError, match=r"FSDPStrategy flattens.*ModelParallelStrategy"):
+        pruning.on_fit_start(fit, model)
