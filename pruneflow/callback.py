@@ -20,8 +20,14 @@ from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amou
 from pruneflow.trainers import averaged_models, check_strategy, schedulers, training_length
 
 _STATE_VERSION = 2
-# Of what is logged in one epoch the last counts, and masks only grow.
-_LOGGED_PER_EPOCH: Any = {"on_step": False, "on_epoch": True, "reduce_fx": "max", "batch_size": 1}
+# Of what is logged in one epoch the last counts, and masks only grow; processes agree on it.
+_LOGGED_PER_EPOCH: Any = {
+    "on_step": False,
+    "on_epoch": True,
+    "reduce_fx": "max",
+    "sync_dist": True,
+    "batch_size": 1,
+}
 
 
 class PruningCallback(L.Callback):
@@ -104,7 +110,7 @@ class PruningCallback(L.Callback):
                 f"`rewind` is expected to be 'learning_rate' or None, but {rewind!r} came"
             )
         self.schedule = schedule
-        self.clock = _clock(start_epoch, epochs_per_round, start_step, steps_per_round)
+        self.clock = Clock.counting(start_epoch, epochs_per_round, start_step, steps_per_round)
         Plan.lay(schedule, self.clock, None if _has_rounds(schedule) else self.clock.start + 1)
         self.importance = importance
         self.scope = scope
@@ -393,23 +399,6 @@ class PruningCallback(L.Callback):
                 self._masks = self.pruner.masks.state()
             self.pruner.remove()
             self.pruner = None
-
-
-def _clock(
-    start_epoch: int | None,
-    epochs_per_round: int | None,
-    start_step: int | None,
-    steps_per_round: int | None,
-) -> Clock:
-    by_step = start_step is not None or steps_per_round is not None
-    if by_step and (start_epoch is not None or epochs_per_round is not None):
-        raise ValueError(
-            "`start_epoch`/`epochs_per_round` and `start_step`/`steps_per_round` are expected one "
-            "pair at a time, but both came; count either epochs or steps"
-        )
-    if by_step:
-        return Clock(start_step or 0, 1 if steps_per_round is None else steps_per_round, "step")
-    return Clock(start_epoch or 0, 1 if epochs_per_round is None else epochs_per_round, "epoch")
 
 
 def _pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:

@@ -35,6 +35,29 @@ class Clock:
                     f"but {value!r} came; {self.unit}s are counted from 0"
                 )
 
+    @classmethod
+    def counting(
+        cls,
+        start_epoch: int | None,
+        epochs_per_round: int | None,
+        start_step: int | None,
+        steps_per_round: int | None,
+    ) -> Clock:
+        """The clock that counts epochs or steps, whichever pair is given; epochs from 0 if none.
+
+        Raises:
+            ValueError: If epochs and steps are given together, or are out of range.
+        """
+        by_step = start_step is not None or steps_per_round is not None
+        if by_step and (start_epoch is not None or epochs_per_round is not None):
+            raise ValueError(
+                "`start_epoch`/`epochs_per_round` and `start_step`/`steps_per_round` are expected "
+                "one pair at a time, but both came; count either epochs or steps"
+            )
+        if by_step:
+            return cls(start_step or 0, 1 if steps_per_round is None else steps_per_round, "step")
+        return cls(start_epoch or 0, 1 if epochs_per_round is None else epochs_per_round, "epoch")
+
 
 @dataclass(frozen=True)
 class Round:
