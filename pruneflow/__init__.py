@@ -1,7 +1,10 @@
 """Iterative pruning with fine-tuning between rounds, on PyTorch Lightning and Hydra."""
 
 from pruneflow.callback import PruningCallback
+from pruneflow.checkpoint import SparsityCheckpoint
+from pruneflow.checkpoint_io import AtomicCheckpointIO
 from pruneflow.importance import Context, Given, Random, magnitude
+from pruneflow.importers import fold, fold_model
 from pruneflow.masking import InPlace, Reparametrize
 from pruneflow.masks import MaskSet, compute_masks
 from pruneflow.plan import Clock, Plan
@@ -10,6 +13,7 @@ from pruneflow.schedules import Compounding, Cubic, Explicit, Linear, OneShot
 from pruneflow.sparsity import SparsityReport, sparsity, sparsity_report
 
 __all__ = [
+    "AtomicCheckpointIO",
     "Clock",
     "Compounding",
     "Context",
@@ -25,8 +29,11 @@ __all__ = [
     "PruningCallback",
     "Random",
     "Reparametrize",
+    "SparsityCheckpoint",
     "SparsityReport",
     "compute_masks",
+    "fold",
+    "fold_model",
     "magnitude",
     "sparsity",
     "sparsity_report",

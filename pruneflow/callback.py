@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from pruneflow.companions import denser_choices
 from pruneflow.importance import Importance, Random, magnitude
 from pruneflow.masking import Masking, Reparametrize
 from pruneflow.masks import MaskSet, Scope
@@ -194,6 +195,8 @@ class PruningCallback(L.Callback):
             length = training_length(trainer, pl_module, self.clock, _has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
             rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")
+            for message in denser_choices(trainer, self.plan):
+                rank_zero_warn(message)
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
         averaging = [name for name, _ in averaged_models(trainer)]

@@ -21,9 +21,10 @@ from torch import nn
 
 from pruneflow import provenance
 from pruneflow.callback import PruningCallback
+from pruneflow.checkpoint_io import AtomicCheckpointIO, check_whole
 from pruneflow.facts import Facts, FinishedRound
 from pruneflow.files import write_whole
-from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row
+from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
 from pruneflow.masks import resolve_scope
 from pruneflow.models import load_weights
 from pruneflow.parameters import select
@@ -38,8 +39,12 @@ _log = logging.getLogger(__name__)
 class Experiment:
     """One run: everything is built, and bad input refused, before any training.
 
+    Each stage saves a checkpoint after each epoch. A run that was killed goes on from there: a
+    stage that was finished ends at once, and a broken epoch is trained again.
+
     Args:
-        config: The composed configuration; see `conf/config.yaml`.
+        config: The composed configuration; see `conf/config.yaml`. With `resume`, the folder's run
+            is expected to be of the same one.
         folder: The run folder.
         recipe: Name of the recipe, for the report.
         command: The command that runs this, for the report.
@@ -66,6 +71,9 @@ class Experiment:
         self.recipe = recipe
         self.command = command
         self.seconds: dict[str, float] = {}
+        self.resume: bool = config.resume and (folder / "config.yaml").exists()
+        for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
+            check_whole(checkpoint)
 
         self.schedule = instantiate(config.schedule)
         self.importance = instantiate(config.importance)
@@ -110,6 +118,13 @@ class Experiment:
             The facts of the report.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.resume:
+            _log.info("Resuming the run in %s", self.folder)
+        else:
+            if self.config.resume:
+                _log.info("No unfinished run to resume: a new one in %s", self.folder)
+            (self.folder / "report.html").unlink(missing_ok=True)
+            self._drop_checkpoints()
         weights = sum(slot.parameter.numel() for slot in self.selection.slots.values())
         table = self.plan.table(weights)
         _log.info("Plan:\n%s", table)
@@ -128,6 +143,7 @@ class Experiment:
         save_network(self.network, self.folder / "model.safetensors")
         facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, per_class)
         write_report(self.folder, facts, rows)
+        self._drop_checkpoints()
         return facts
 
     # -- stages -----------------------------------------------------------------------------------
@@ -143,7 +159,7 @@ class Experiment:
         cache.parent.mkdir(parents=True, exist_ok=True)
         # Jobs of one sweep that start together train it once; the others wait for it here.
         with FileLock(cache.with_suffix(".lock")):
-            cached = cache.exists()
+            cached = cache.exists() and self._resume_from("dense") is None
             if cached:
                 _log.info("Dense phase: from the cache, %s", cache)
                 rows = load_network(self.network, cache)
@@ -155,32 +171,36 @@ class Experiment:
 
     def _train_dense(self) -> list[Row]:
         epochs = self.config.dense.epochs
-        history = History(self.folder / "metrics.csv", "dense")
-        with self._timed("dense"):
-            if epochs:
-                _log.info("Dense phase: %d epochs", epochs)
-                classifier = self._classifier(self.network, epochs)
-                self._trainer(0, epochs, history).fit(classifier, datamodule=self.data)
-        return history.rows
+        if not epochs:
+            return []
+        _log.info("Dense phase: %d epochs", epochs)
+        return self._fit("dense", self._classifier(self.network, epochs), 0, epochs, [])
 
     def _rounds(self, rows: list[Row]) -> tuple[list[FinishedRound], list[Row]]:
         start = self.config.dense.epochs
         epochs = self.config.pruning.epochs
         classifier = self._classifier(self.network, self.schedule_epochs)
         watch = RoundWatch(self.pruning)
-        history = History(self.folder / "metrics.csv", "rounds", rows)
-        with self._timed("rounds"):
-            _log.info("%d rounds: %d epochs", len(self.plan.rounds), epochs)
-            trainer = self._trainer(start, start + epochs, self.pruning, watch, history)
-            trainer.fit(classifier, datamodule=self.data)
+        _log.info("%d rounds: %d epochs", len(self.plan.rounds), epochs)
+        rows = self._fit("rounds", classifier, start, start + epochs, rows, self.pruning, watch)
         # Rows come in order, so the last one of a round is the one that stays.
-        fine_tuned = {row["round"]: row["val_accuracy"] for row in history.rows}
+        fine_tuned = {row["round"]: row["val_accuracy"] for row in rows}
         rounds: list[FinishedRound] = [
             {**measured, "fine_tuned_accuracy": fine_tuned[measured["round"]]}  # type: ignore[typeddict-item]
             for measured in watch.rounds
             if measured["round"] in fine_tuned
         ]
-        return rounds, history.rows
+        return rounds, rows
+
+    def _fit(
+        self, stage: str, classifier: Any, start: int, end: int, rows: list[Row], *callbacks: Any
+    ) -> list[Row]:
+        history = History(self.folder / "metrics.csv", stage, rows)
+        save = SaveEachEpoch(self._checkpoint(stage))
+        trainer = self._trainer(start, end, *callbacks, history, save)
+        trainer.fit(classifier, datamodule=self.data, ckpt_path=self._resume_from(stage))
+        self.seconds[stage] = history.seconds
+        return history.rows
 
     def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], list[float]]:
         classifier = self._classifier(network, 1)
@@ -222,10 +242,22 @@ class Experiment:
             default_root_dir=str(self.folder),
             **overrides,
         )
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # One clock for the whole run: the rounds go on counting where the dense phase ended.
         progress: Any = trainer.fit_loop.epoch_progress.current
-        progress.processed = progress.completed = start
+        progress.ready = progress.started = progress.processed = progress.completed = start
         return trainer
+
+    def _checkpoint(self, stage: str) -> Path:
+        return self.folder / "checkpoints" / f"{stage}.ckpt"
+
+    def _resume_from(self, stage: str) -> Path | None:
+        path = self._checkpoint(stage)
+        return path if self.resume and path.exists() else None
+
+    def _drop_checkpoints(self) -> None:
+        for path in (self.folder / "checkpoints").glob("*.ckpt"):
+            path.unlink()
 
     def _dense_key(self) -> str:
         names = ("model", "data", "optimizer", "lr_scheduler", "classifier", "trainer", "seed")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -38,3 +39,20 @@ def write_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, suffix: str = "", *, age: float = 3600) -> None:
+    """Delete the temporary files that killed writers left in a folder.
+
+    A name that is written again overwrites what was left; this is for names that are not, such as
+    those of checkpoints. A living writer's file is young: each write makes it new.
+
+    Args:
+        folder: The folder; it may be missing.
+        suffix: Of the files that were to be written.
+        age: In seconds; what was written to since is left alone.
+    """
+    for temporary in folder.glob(f".*.partial{suffix}"):
+        with suppress(FileNotFoundError):  # somebody else swept
+            if time.time() - temporary.stat().st_mtime > age:
+                temporary.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,34 @@ COLUMNS = (
 class History(L.Callback):
     """Write one row an epoch to a CSV file, whole each time.
 
+    Checkpoints hold the rows, so training that resumes cuts the file back to where it resumes.
+
     Args:
         path: The file.
         stage: `"dense"` or `"rounds"`, for the rows to come.
         rows: Rows of earlier stages, which stay.
+
+    Attributes:
+        seconds: Wall time of the stage's epochs, without those that a kill broke off.
     """
 
     def __init__(self, path: Path, stage: str, rows: list[Row] | None = None) -> None:
         self.path = path
         self.stage = stage
         self.rows = rows or []
+        self.seconds = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the rows of earlier stages."""
+    def state_dict(self) -> dict[str, Any]:
+        """Rows and wall time so far."""
+        return {"rows": self.rows, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the rows so far, also where a checkpoint leaves nothing to train."""
+        self._began = time.perf_counter() - self.seconds
         self._write()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -62,6 +78,7 @@ class History(L.Callback):
             "lr": self._lr,
         }
         self.rows.append({name: fixed.get(name, measured.get(name)) for name in COLUMNS})
+        self.seconds = time.perf_counter() - self._began
         self._write()
 
     def _write(self) -> None:
@@ -84,6 +101,14 @@ class RoundWatch(L.Callback):
         self.pruning = pruning
         self.rounds: list[dict[str, Any]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far."""
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rounds = state_dict["rounds"]
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure if a round has just pruned."""
         done = len(self.rounds)
@@ -104,7 +129,8 @@ class RoundWatch(L.Callback):
 class ReseedEachEpoch(L.Callback):
     """Make all random numbers of an epoch a function of (seed, epoch, rank).
 
-    Dropout then does not depend on where training began, so a cached dense phase changes nothing.
+    Dropout then does not depend on where training began, so neither a cached dense phase nor a
+    resumed run changes anything.
 
     Args:
         seed: The experiment's seed.
@@ -120,6 +146,23 @@ class ReseedEachEpoch(L.Callback):
         random.seed(state)
         np.random.seed(state)
         torch.manual_seed(state)
+
+
+class SaveEachEpoch(L.Callback):
+    """Save a checkpoint at the end of each epoch, to resume from.
+
+    Stands last in the list of callbacks, so that it holds what the others have noted.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save."""
+        trainer.save_checkpoint(self.path)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pruneflow.masks import MaskSet
 from pruneflow.parameters import Slot, locate
+from pruneflow.processes import is_sharded, local
 
 
 class Masking(Protocol):
@@ -192,7 +193,8 @@ def _clear(tensor: Tensor, bits: Tensor) -> None:
     # A float AND -1 (all bits set) is itself and a float AND 0 is +0.0, also where it was NaN,
     # infinite or negative. On CPU this is several times faster than `mul_` or `masked_fill_` with a
     # bool mask of the same size.
-    tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()]).bitwise_and_(bits)
+    integers = local(tensor.detach()).view(_INTEGER_OF_SIZE[tensor.element_size()])
+    integers.bitwise_and_(local(bits))
 
 
 def _clear_gradient(bits: Tensor, parameter: Tensor) -> None:
@@ -205,6 +207,8 @@ def _mask(slot: Slot) -> Tensor:
 
 
 def _refusal(slot: Slot) -> str | None:
+    if is_sharded(slot.parameter):
+        return "it is sharded"
     if slot.others:
         return f"tied to {slot.others[0][0]}"
     if isinstance(slot.module, NonDynamicallyQuantizableLinear):

@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import get_rank
 
 from pruneflow.importance import Context, Importance
 from pruneflow.plan import pruned_count
-from pruneflow.threshold import Elementwise, find_threshold, keep_masks
+from pruneflow.processes import assemble, gather, is_sharded, local, own, whole
+from pruneflow.threshold import Elementwise, find_threshold, keep_masks, keep_parts, one_process
 
 Scope = str | Mapping[str, Sequence[str]]
 
 
 class MaskSet(Mapping[str, Tensor]):
     """Masks by qualified name: bool tensors of the weights' shapes, True = keep.
+
+    Those of sharded weights are `DTensor`s, sharded alike; then every process has to ask for their
+    `pruned`, `sparsity` and `state`, and all get the same.
 
     Args:
         masks: Qualified name -> mask.
@@ -56,6 +61,9 @@ class MaskSet(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._masks)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_state, (self.state(),)  # eight times smaller on its way elsewhere
+
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} tensors, {self.pruned:,} of {self.weights:,} weights pruned)"
 
@@ -67,7 +75,7 @@ class MaskSet(Mapping[str, Tensor]):
     @property
     def pruned(self) -> int:
         """Number of pruned weights."""
-        return self.weights - sum(int(mask.sum()) for mask in self.values())
+        return self.weights - sum(int(whole(mask.sum())) for mask in self.values())
 
     @property
     def sparsity(self) -> float:
@@ -100,7 +108,7 @@ class MaskSet(Mapping[str, Tensor]):
         return {
             name: {
                 "shape": list(mask.shape),
-                "bits": torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1))),
+                "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy().reshape(-1))),
             }
             for name, mask in self.items()
         }
@@ -184,6 +192,10 @@ def compute_masks(
     equal scores, the lowest (tensor order, flat index) goes first. Scores are computed tensor by
     tensor and never held together.
 
+    Sharded weights (`DTensor`s) stay where they are and get the masks that the whole ones would;
+    every process has to call this. An elementwise importance is called with pieces of shards, any
+    other with the `DTensor`, and returns scores of its shape, as a `DTensor` or a plain tensor.
+
     Args:
         tensors: Qualified name -> live weights, of any shape; need not belong to a module.
         sparsity: Cumulative sparsity to reach, in [0, 1).
@@ -213,11 +225,14 @@ def compute_masks(
     before = masks or {}
     context = Context(round)
     check_finite(tensors)
+    sharded = any(is_sharded(tensor) for tensor in tensors.values())
+    join = gather if sharded else one_process
     new: dict[str, Tensor] = {}
     for group in resolve_scope(scope, list(tensors)):
         weights = sum(tensors[name].numel() for name in group)
         count = pruned_count(sparsity, weights)
-        pruned = sum(int((~before[name]).sum()) for name in group if name in before)
+        kept = [own(before[name], tensors[name]) for name in group if name in before]
+        pruned = int(join(torch.tensor([sum(int((~keep).sum()) for keep in kept)])).sum())
         if count < pruned:
             raise ValueError(
                 f"`sparsity` is expected to be at least the present one, {pruned / weights:.6g}, "
@@ -229,14 +244,20 @@ def compute_masks(
             for name in group
         ]
         try:
-            threshold = find_threshold(scores, count)
+            threshold = find_threshold(scores, count, join)
         except ValueError as error:
-            nan = [name for name, score in zip(group, scores, strict=True) if score().isnan().any()]
+            found = [join(score().isnan().any().view(1)).any() for score in scores]
+            nan = [repr(name) for name, any_nan in zip(group, found, strict=True) if any_nan]
             raise ValueError(
                 "`importance` is expected to return numbers, but NaN came for "
-                f"{', '.join(map(repr, nan))}; nothing was changed"
+                f"{', '.join(nan)}; nothing was changed"
             ) from error
-        new.update(zip(group, keep_masks(scores, threshold), strict=True))
+        if sharded:
+            parts = keep_parts(scores, threshold, gather, get_rank())
+        else:
+            parts = keep_masks(scores, threshold)
+        for name, part in zip(group, parts, strict=True):
+            new[name] = assemble(part, tensors[name])
     return MaskSet({name: new[name] for name in tensors})
 
 
@@ -250,15 +271,19 @@ def _scores(
                 f"`importance` is expected to return scores of the shape {tuple(tensor.shape)} for "
                 f"{name!r}, but {tuple(scores.shape)} came; return one score for each weight"
             )
+        scores = own(scores, tensor)
         if keep is None:
             return scores
         # Pruned weights stay pruned: they go first, whatever their score. The smaller of the score
         # and ±inf is what `where` says as well, in a fraction of its time on a CPU.
         lowest = torch.finfo(scores.dtype).min  # of weights that are still there
-        return torch.minimum(scores.clamp(min=lowest), (keep.to(scores.dtype) - 0.5) * math.inf)
+        keep = own(keep, tensor).to(scores.dtype)
+        return torch.minimum(scores.clamp(min=lowest), (keep - 0.5) * math.inf)
 
-    kind = Elementwise if getattr(importance, "elementwise", False) else partial
-    return kind(score, tensor) if keep is None else kind(score, tensor, keep)
+    tensors = (tensor,) if keep is None else (tensor, keep)
+    if getattr(importance, "elementwise", False):
+        return Elementwise(score, *(own(each, tensor) for each in tensors))
+    return partial(score, *tensors)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -267,7 +292,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: Naming each such tensor.
     """
-    bad = [name for name, tensor in tensors.items() if not _finite(tensor.detach())]
+    bad = [name for name, tensor in tensors.items() if not _finite(local(tensor.detach()))]
     if bad:
         raise ValueError(
             "weights are expected to be finite when they are pruned, but NaN or infinity is in "

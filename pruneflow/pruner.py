@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import get_args
 
 import torch
@@ -14,6 +15,7 @@ from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
 from pruneflow.masks import MaskSet, Scope, compute_masks, resolve_scope
 from pruneflow.parameters import Pattern, locate, select
+from pruneflow.processes import check_placements, decide, is_sharded, place, reshard, unwrap
 from pruneflow.rewinding import OptimizerState, settle_optimizer_state
 from pruneflow.torch_methods import (
     TorchMethod,
@@ -27,8 +29,11 @@ from pruneflow.torch_methods import (
 class Pruner:
     """Prune a model in any training loop, and hold the zeros through `optimizer.step()`.
 
+    Where several processes train the model, each of them makes a Pruner and calls it alike; all
+    get the same masks.
+
     Args:
-        model: The model.
+        model: The model; also in `DistributedDataParallel`, or sharded by `fully_shard`.
         importance: Scores, higher = keep: `magnitude`, `Random(seed)`, `Given(scores)` or any
             function `(name, tensor, context) -> scores`; or a `BasePruningMethod` of
             `torch.nn.utils.prune`, as class (driven by `prune_to`) or instance (keeps its own
@@ -44,7 +49,7 @@ class Pruner:
 
     Raises:
         ValueError: If a pattern or the scope does not fit the model, a tensor to prune is in none
-            of the optimizers, or `optimizer_state` is unknown.
+            of the optimizers or under `torch.nn.utils.prune`, or `optimizer_state` is unknown.
 
     Example:
         >>> import torch
@@ -76,22 +81,37 @@ class Pruner:
                 f"`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
                 f"{optimizer_state!r} came"
             )
-        self.model = model
+        self.model = unwrap(model)
+        reshard(self.model)
         self.importance = importance
         self.scope = scope
         self.masking: Masking = InPlace() if masking is None else masking
         self.optimizer_state = optimizer_state
-        selection = select(model, include, exclude)
+        selection = select(self.model, include, exclude)
         self.frozen = tuple(selection.frozen)
         if not selection.slots:
             raise ValueError(
                 "`model` is expected to have trainable weights to prune, but all are frozen "
                 f"({', '.join(self.frozen)}); set `requires_grad=True` on what is to be pruned"
             )
+        held = [name for name, slot in selection.slots.items() if slot.reparametrized]
+        if held:
+            raise ValueError(
+                f"`model` is expected to be plain, but torch.nn.utils.prune holds {', '.join(held)}"
+                "; call `fold_model(model)` first, and go on with its zeros (`from_zeros=True`, or "
+                "`Pruner.hold_zeros()`)"
+            )
         self._parameters = {name: slot.parameter for name, slot in selection.slots.items()}
         resolve_scope(scope, list(self._parameters))
+        check_placements(self._parameters)
         if is_torch_method(importance):
             check_scope(importance, scope)
+            if any(is_sharded(parameter) for parameter in self._parameters.values()):
+                raise ValueError(
+                    "`importance` is expected to be a function for sharded weights, which "
+                    f"torch.nn.utils.prune does not know, but {importance!r} came; give magnitude, "
+                    "for example"
+                )
         if optimizers is None:
             warnings.warn(
                 "`optimizers` was not given to Pruner, so pruned weights will not stay zero "
@@ -133,7 +153,8 @@ class Pruner:
                 finite; then nothing is changed.
         """
         if not is_torch_method(self.importance):
-            masks = compute_masks(
+            compute = partial(
+                compute_masks,
                 self._parameters,
                 sparsity,
                 importance=self.importance,
@@ -141,7 +162,7 @@ class Pruner:
                 masks=self.masks,
                 round=round,
             )
-            return self._prune(masks)
+            return self._prune(compute)
         if keeps_own_amount(self.importance):
             raise ValueError(
                 f"`sparsity` cannot be asked of {self.importance!r}, which keeps its own amount; "
@@ -171,9 +192,8 @@ class Pruner:
             >>> Pruner(layer, optimizers=[]).hold_zeros()
             MaskSet(1 tensors, 2 of 4 weights pruned)
         """
-        return self._prune(
-            MaskSet({name: tensor.detach() != 0 for name, tensor in self._parameters.items()})
-        )
+        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        return self._prune(lambda: MaskSet({name: weight != 0 for name, weight in weights.items()}))
 
     def hold(self, masks: MaskSet) -> MaskSet:
         """Hold given masks, such as those of a checkpoint; the optimizers' state is left alone.
@@ -188,8 +208,8 @@ class Pruner:
                 f"masks are expected for every tensor to prune, but {', '.join(missing)} has none; "
                 "`include` and `exclude` have to select the same tensors as when they were made"
             )
-        device = {name: parameter.device for name, parameter in self._parameters.items()}
-        masks = MaskSet({name: mask.to(device[name]) for name, mask in masks.items()})
+        masks = MaskSet({name: place(mask, self._parameters[name]) for name, mask in masks.items()})
+        reshard(self.model)
         if self._attached:
             self.masking.update(masks)
         else:
@@ -217,12 +237,18 @@ class Pruner:
         self._attached = False
 
     def _run_torch_method(self, method: TorchMethod, sparsity: float | None) -> MaskSet:
-        masks = torch_masks(
-            self._parameters, sparsity, method=method, scope=self.scope, masks=self.masks
+        compute = partial(
+            torch_masks,
+            self._parameters,
+            sparsity,
+            method=method,
+            scope=self.scope,
+            masks=self.masks,
         )
-        return self._prune(masks)
+        return self._prune(compute)
 
-    def _prune(self, masks: MaskSet) -> MaskSet:
+    def _prune(self, compute: Callable[[], MaskSet]) -> MaskSet:
+        masks = decide(compute, self._parameters.values())
         changed = masks.pruned != self.masks.pruned
         masks = self.hold(masks)
         if changed:
@@ -232,6 +258,14 @@ class Pruner:
 
 
 def _check_held(parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
+    for optimizer in optimizers:
+        # By name: torch has it only where torch.distributed was built.
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "`optimizers` are expected to update every tensor to prune in each process, but "
+                "ZeroRedundancyOptimizer updates a share of them; use the plain optimizer, or "
+                "shard the parameters with `fully_shard`"
+            )
     held = {
         id(parameter)
         for optimizer in optimizers

@@ -20,6 +20,9 @@ from torch import Tensor
 Scores = Callable[[], Tensor]
 """Computes one tensor's scores afresh, on one CPU thread; pure, for it is called a few times."""
 
+Gather = Callable[[Tensor], Tensor]
+"""Joins a tensor of every process along the first dimension, always in the same order."""
+
 _STRIDE = 512  # one entry of so many is sampled: about 3 * sqrt(total * _STRIDE) are collected
 _CPU_CHUNK = 2**19  # entries worked on at once: what the caches hold
 _CHUNK = 2**24  # on other devices: few launches, and float32 still counts exactly up to here
@@ -71,9 +74,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def one_process(tensor: Tensor) -> Tensor:
+    """Join the tensors of one process: there is only this one."""
+    return tensor
+
+
 @torch.no_grad()
 @_one_thread()
-def find_threshold(scores: Sequence[Scores], k: int) -> Threshold:
+def find_threshold(scores: Sequence[Scores], k: int, gather: Gather = one_process) -> Threshold:
     """Find which k of all scores are the lowest, exactly.
 
     Beside one tensor's scores a few times sqrt(512 * total) entries are held. No random state is
@@ -83,6 +91,8 @@ def find_threshold(scores: Sequence[Scores], k: int) -> Threshold:
         scores: One function per tensor; any floating dtypes and devices, mixed as they come, any
             shape. -inf is pruned first, inf last; +0.0 and -0.0 are equal.
         k: How many entries to prune, from 0 to the total number of entries.
+        gather: Where each process holds a part of every tensor, and gives the scores of its parts,
+            joins what all of them found: a sample, counts and the few scores in the bracket.
 
     Raises:
         ValueError: If `k` is out of range, or a score is NaN (not looked for when `k` is 0).
@@ -98,13 +108,13 @@ def find_threshold(scores: Sequence[Scores], k: int) -> Threshold:
         return Threshold(-math.inf, 0)
     generator = torch.Generator().manual_seed(0)  # private: the user's random state stays
     drawn = [_sample(score, generator) for score in scores]
-    total = sum(numel for _, numel in drawn)
+    total = int(gather(_integers(sum(numel for _, numel in drawn))).sum())
     if not 0 < k <= total:
         raise ValueError(
             f"`k` is expected to be from 0 to {total}, the number of scores, but {k} came; "
             "prune no more entries than there are"
         )
-    sample = _join([sample for sample, _ in drawn])
+    sample = gather(_join([sample for sample, _ in drawn]))
     rank = k / total * sample.numel()
     slack = 3 * math.sqrt(rank * (1 - k / total)) + 3  # three standard deviations
 
@@ -114,7 +124,7 @@ def find_threshold(scores: Sequence[Scores], k: int) -> Threshold:
     while True:
         lo = max(floor, _order_statistic(sample, math.floor(rank - slack)))
         hi = min(ceil, _order_statistic(sample, math.ceil(rank + slack)))
-        at_most_lo, at_least_hi, inside = _count(scores, lo, hi)
+        at_most_lo, at_least_hi, inside = _count(scores, lo, hi, gather)
         if inside.isnan().any():
             raise ValueError("`scores` are expected without NaN, but NaN came; find its weights")
         less_than_hi = total - at_least_hi
@@ -152,6 +162,34 @@ def keep_masks(scores: Sequence[Scores], threshold: Threshold) -> Iterator[Tenso
         yield mask
 
 
+@torch.no_grad()
+def keep_parts(
+    scores: Sequence[Scores], threshold: Threshold, gather: Gather, rank: int
+) -> Iterator[Tensor]:
+    """Do `keep_masks` where each process holds a part of every tensor.
+
+    Args:
+        scores: The functions `threshold` was found for: those of this process's parts.
+        threshold: What `find_threshold` returned.
+        gather: What `find_threshold` got, joining in the order of the parts in the whole tensor.
+        rank: Where this process stands in that order, from 0.
+
+    Yields:
+        For each part a bool tensor, True = keep.
+    """
+    value, left = threshold.value, threshold.ties
+    for score in scores:
+        function, tensors = _parts(score)
+        score = Elementwise(function, *tensors)  # so that whole scores are made once
+        mine = 0
+        if left:
+            at_most, at_least, _ = _count_one(score, value, value)
+            ties = gather(_integers(at_most + at_least - tensors[0].numel()))
+            mine = max(0, left - int(ties[:rank].sum()))
+            left = max(0, left - int(ties.sum()))
+        yield _keep(score, value, mine)[0]
+
+
 def _sample(score: Scores, generator: torch.Generator) -> tuple[Tensor, int]:
     """Draw one random entry of every `_STRIDE`; also say how many entries there are in all."""
     function, tensors = _parts(score)
@@ -162,7 +200,9 @@ def _sample(score: Scores, generator: torch.Generator) -> tuple[Tensor, int]:
     return _wide(function(*(t.take(drawn.to(t.device)) for t in tensors))), numel
 
 
-def _count(scores: Sequence[Scores], lo: float, hi: float) -> tuple[int, int, Tensor]:
+def _count(
+    scores: Sequence[Scores], lo: float, hi: float, gather: Gather
+) -> tuple[int, int, Tensor]:
     """Count the scores <= lo and those >= hi, and collect the others, NaN among them."""
     at_most_lo = at_least_hi = 0
     inside = []
@@ -171,7 +211,8 @@ def _count(scores: Sequence[Scores], lo: float, hi: float) -> tuple[int, int, Te
         at_most_lo += lows
         at_least_hi += highs
         inside += between
-    return at_most_lo, at_least_hi, _join(inside)
+    counts = gather(_integers(at_most_lo, at_least_hi)).view(-1, 2).sum(0).tolist()
+    return counts[0], counts[1], gather(_join(inside))
 
 
 def _count_one(score: Scores, lo: float, hi: float) -> tuple[int, int, list[Tensor]]:
@@ -242,6 +283,10 @@ def _cut(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _wide(scores: Tensor) -> Tensor:
     """Widen half precision to float32, exactly: it is compared faster, and counts further."""
     return scores.float() if scores.itemsize < 4 else scores
+
+
+def _integers(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, device="cpu")
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -23,6 +24,7 @@ from pruneflow import (
     PruningCallback,
     Random,
     Reparametrize,
+    SparsityCheckpoint,
     sparsity,
 )
 
@@ -447,3 +449,20 @@ def test_refuses_strategies_that_flatten_parameters(model, batches, trainer):
     fit._accelerator_connector.strategy = FSDPStrategy.__new__(FSDPStrategy)
     with pytest.raises(ValueError, match=r"FSDPStrategy flattens.*ModelParallelStrategy"):
         pruning.on_fit_start(fit, model)
+
+
+def test_warns_beside_callbacks_that_may_choose_a_denser_model(model, batches, trainer, tmp_path):
+    def pruning():
+        return PruningCallback(Linear(0.9, 2), start_epoch=2)
+
+    best = ModelCheckpoint(tmp_path / "theirs", monitor="val_accuracy", mode="max")
+    with pytest.warns(UserWarning, match=r"use SparsityCheckpoint\(monitor='val_accuracy'"):
+        trainer(pruning(), best, enable_checkpointing=True).fit(model, batches)
+    stop = EarlyStopping("val_accuracy", mode="max", patience=2)
+    with pytest.warns(UserWarning, match=r"set Trainer\(min_epochs"):
+        trainer(pruning(), stop, max_epochs=9).fit(type(model)(), batches)
+    ours = SparsityCheckpoint(monitor="val_accuracy", mode="max", dirpath=tmp_path / "ours")
+    trainer(pruning(), ours, enable_checkpointing=True).fit(type(model)(), batches)  # no warning
+    plain = type(model)()
+    plain.load_state_dict(torch.load(ours.best_model_path, weights_only=True)["state_dict"])
+    assert sparsity(plain) == 0.9

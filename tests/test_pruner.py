@@ -3,8 +3,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.utils import prune
 
-from pruneflow import MaskSet, Pruner, Random, sparsity
+from pruneflow import MaskSet, Pruner, Random, fold_model, sparsity
 
 
 def model():
@@ -131,3 +133,25 @@ def test_adam_forgets_its_moments_only_when_reset():
         return int(optimizer.state[network[0].weight]["step"])
 
     assert [steps_after(policy) for policy in ("keep", "zero_pruned", "reset")] == [4, 4, 1]
+
+
+def test_refuses_a_model_that_torch_prune_holds():
+    network = model()
+    prune.l1_unstructured(network[0], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"torch.nn.utils.prune holds 0\.weight; call `fold_model"):
+        Pruner(network, optimizers=[])
+    fold_model(network)
+    assert Pruner(network, optimizers=[]).hold_zeros().pruned == 100
+
+
+def test_refuses_the_zero_optimizer(tmp_path):
+    network = model()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", world_size=1, rank=0
+    )
+    try:
+        optimizer = ZeroRedundancyOptimizer(network.parameters(), torch.optim.SGD, lr=0.1)
+        with pytest.raises(ValueError, match="ZeroRedundancyOptimizer updates a share"):
+            Pruner(network, optimizers=[optimizer])
+    finally:
+        torch.distributed.destroy_process_group()
