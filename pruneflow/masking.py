@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,6 +23,10 @@ class Masking(Protocol):
     @property
     def masks(self) -> MaskSet:
         """The masks that are held now; empty before `attach` and after `remove`."""
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The same without a copy, of whatever dtype they are held in, zero = pruned."""
 
     def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
         """Begin to hold `masks`, once the optimizers exist."""
@@ -60,7 +64,12 @@ class InPlace:
     @property
     def masks(self) -> MaskSet:
         """The masks that are held now."""
-        return MaskSet({name: bits.bool() for name, (_, bits) in self._held.items()})
+        return MaskSet({name: bits.bool() for name, bits in self.held.items()})
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The same without a copy: int8, zero = pruned."""
+        return {name: bits for name, (_, bits) in self._held.items()}
 
     def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
         """Begin to hold `masks`, once the optimizers exist.
@@ -132,7 +141,12 @@ class Reparametrize:
     @property
     def masks(self) -> MaskSet:
         """The masks that are held now."""
-        return MaskSet({name: _mask(slot).bool() for name, slot in self._slots.items()})
+        return MaskSet({name: mask.bool() for name, mask in self.held.items()})
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The same without a copy: `torch.nn.utils.prune`'s own buffers."""
+        return {name: _mask(slot) for name, slot in self._slots.items()}
 
     def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
         """Begin to hold `masks`, once the optimizers exist.
@@ -176,6 +190,7 @@ class Reparametrize:
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros, in the order they had before."""
+        self.update(self.masks)  # what torch has only hidden may be -0.0
         for handle in self._handles:
             handle.remove()
         for slot in self._slots.values():
@@ -224,7 +239,8 @@ def _fold_keys(
     attribute: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any
 ) -> None:
     original = state_dict.pop(f"{prefix}{attribute}_orig")
-    state_dict[f"{prefix}{attribute}"] = original * state_dict.pop(f"{prefix}{attribute}_mask")
+    weight = original * state_dict.pop(f"{prefix}{attribute}_mask")
+    state_dict[f"{prefix}{attribute}"] = weight + 0  # not -0.0, where kept momentum moved it
 
 
 def _unfold_keys(

@@ -152,10 +152,10 @@ def resolve_scope(scope: Scope, names: Sequence[str]) -> list[list[str]]:
         return [list(names)]
     if scope == "layer":
         return [[name] for name in names]
-    if isinstance(scope, str):
+    if not isinstance(scope, Mapping) or not all(map(_are_globs, scope.values())):
         raise ValueError(
-            f"`scope` is expected to be 'global', 'layer' or a mapping of group name to globs, "
-            f"but {scope!r} came"
+            "`scope` is expected to be 'global', 'layer' or a mapping of group name to a list of "
+            f"globs, but {scope!r} came"
         )
     groups = {
         group: [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
@@ -201,7 +201,7 @@ def compute_masks(
         sparsity: Cumulative sparsity to reach, in [0, 1).
         importance: Scores, higher = keep.
         scope: What competes together; see `resolve_scope`.
-        masks: The masks so far; None for none.
+        masks: The masks so far, of any dtype, zero = pruned; None for none.
         round: The round, for importances that depend on it.
 
     Returns:
@@ -218,10 +218,6 @@ def compute_masks(
         >>> masks["a"], masks["b"]
         (tensor([ True, False]), tensor([ True, False]))
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(
-            f"`sparsity` is expected to be in [0, 1), but {sparsity!r} came; 98 % is written 0.98"
-        )
     before = masks or {}
     context = Context(round)
     check_finite(tensors)
@@ -232,7 +228,7 @@ def compute_masks(
         weights = sum(tensors[name].numel() for name in group)
         count = pruned_count(sparsity, weights)
         kept = [own(before[name], tensors[name]) for name in group if name in before]
-        pruned = int(join(torch.tensor([sum(int((~keep).sum()) for keep in kept)])).sum())
+        pruned = int(join(torch.tensor([sum(int((keep == 0).sum()) for keep in kept)])).sum())
         if count < pruned:
             raise ValueError(
                 f"`sparsity` is expected to be at least the present one, {pruned / weights:.6g}, "
@@ -266,6 +262,12 @@ def _scores(
 ) -> partial[Tensor]:
     def score(tensor: Tensor, keep: Tensor | None = None) -> Tensor:
         scores = importance(name, tensor, context)
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            came = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(
+                f"`importance` is expected to return a tensor of floats for {name!r}, but {came} "
+                "came; convert it, for example by `scores.float()`"
+            )
         if scores.shape != tensor.shape:
             raise ValueError(
                 f"`importance` is expected to return scores of the shape {tuple(tensor.shape)} for "
@@ -277,13 +279,21 @@ def _scores(
         # Pruned weights stay pruned: they go first, whatever their score. The smaller of the score
         # and ±inf is what `where` says as well, in a fraction of its time on a CPU.
         lowest = torch.finfo(scores.dtype).min  # of weights that are still there
-        keep = own(keep, tensor).to(scores.dtype)
+        keep = (own(keep, tensor) != 0).to(scores.dtype)
         return torch.minimum(scores.clamp(min=lowest), (keep - 0.5) * math.inf)
 
     tensors = (tensor,) if keep is None else (tensor, keep)
     if getattr(importance, "elementwise", False):
         return Elementwise(score, *(own(each, tensor) for each in tensors))
     return partial(score, *tensors)
+
+
+def _are_globs(globs: object) -> bool:
+    return (
+        isinstance(globs, Sequence)
+        and not isinstance(globs, str)
+        and all(isinstance(glob, str) for glob in globs)
+    )
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

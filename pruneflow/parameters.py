@@ -124,6 +124,13 @@ def select(
         >>> list(select(model, include=("*.weight", "*.bias"), exclude=(nn.Linear,)).slots)
         ['0.weight', '0.bias', '1.bias']
     """
+    for argument, patterns in (("include", include or ()), ("exclude", exclude)):
+        # A string is a sequence as well, and of "*.weight" the first glob matches everything.
+        if isinstance(patterns, str | type) or not all(isinstance(p, str | type) for p in patterns):
+            raise TypeError(
+                f"`{argument}` is expected to be a list of globs and module types, but "
+                f"{patterns!r} came; put it in brackets, or take the type of a module"
+            )
     slots = locate(model)
     default = [name for name, slot in slots.items() if _prunable_by_default(slot)]
     chosen = set(default)

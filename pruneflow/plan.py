@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pruneflow.schedules import ScheduleLike, sparsity_per_round
+from pruneflow.schedules import ScheduleLike, check_fraction, sparsity_per_round
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,14 @@ def pruned_count(sparsity: float, weights: int) -> int:
     Counting from the dense total, never from what remains, keeps rounding from adding up over
     rounds.
 
+    Raises:
+        ValueError: If `sparsity` is no number in [0, 1).
+
     Example:
         >>> pruned_count(0.98, 1001)
         981
     """
+    check_fraction("sparsity", sparsity)
     return round(sparsity * weights)
 
 

@@ -81,6 +81,23 @@ class Pruner:
                 f"`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
                 f"{optimizer_state!r} came"
             )
+        functions = callable(importance) and not isinstance(importance, type)
+        _expect(
+            is_torch_method(importance) or functions,
+            "importance",
+            "a function such as magnitude, or a pruning method of torch",
+            importance,
+        )
+        _expect(
+            masking is None or (hasattr(masking, "attach") and not isinstance(masking, type)),
+            "masking",
+            "an object such as InPlace()",
+            masking,
+        )
+        listed = isinstance(optimizers, Sequence) and all(
+            isinstance(optimizer, Optimizer) for optimizer in optimizers
+        )
+        _expect(optimizers is None or listed, "optimizers", "a list of optimizers", optimizers)
         self.model = unwrap(model)
         reshard(self.model)
         self.importance = importance
@@ -159,7 +176,7 @@ class Pruner:
                 sparsity,
                 importance=self.importance,
                 scope=self.scope,
-                masks=self.masks,
+                masks=self.masking.held,
                 round=round,
             )
             return self._prune(compute)
@@ -249,12 +266,19 @@ class Pruner:
 
     def _prune(self, compute: Callable[[], MaskSet]) -> MaskSet:
         masks = decide(compute, self._parameters.values())
-        changed = masks.pruned != self.masks.pruned
+        # One at a time: a round holds the old masks and the new ones, and no more.
+        old = sum(MaskSet({name: mask != 0}).pruned for name, mask in self.masking.held.items())
+        changed = masks.pruned != old
         masks = self.hold(masks)
         if changed:
             pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
             settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
         return masks
+
+
+def _expect(good: bool, argument: str, expected: str, came: object) -> None:
+    if not good:
+        raise TypeError(f"`{argument}` is expected to be {expected}, but {came!r} came")
 
 
 def _check_held(parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:

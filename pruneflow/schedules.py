@@ -52,7 +52,7 @@ class OneShot:
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        _check_fraction("target", self.target)
+        check_fraction("target", self.target)
         if self.rounds not in (1, None):
             raise ValueError(
                 f"`rounds` of OneShot is expected to be 1 (or null), but {self.rounds!r} came; "
@@ -108,14 +108,14 @@ class Compounding:
                 f"target={target!r}, amount={amount!r}, rounds={rounds!r} came; give one more"
             )
         if target is not None:
-            _check_fraction("target", target)
+            check_fraction("target", target)
         if amount is not None:
-            _check_fraction("amount", amount)
+            check_fraction("amount", amount)
         if rounds is not None:
             _check_rounds(rounds)
         if target is None:
             target = -math.expm1(rounds * math.log1p(-amount))
-            _check_fraction("target", target)  # 1-(1-γ)^n rounds up to 1.0 for large n
+            check_fraction("target", target)  # 1-(1-γ)^n rounds up to 1.0 for large n
         elif rounds is None:
             rounds = _rounds_to(target, amount)
         # expm1 and log1p: 1-(1-γ)^n itself loses digits where sparsities are small.
@@ -162,7 +162,7 @@ class Linear:
     rounds: int
 
     def __post_init__(self) -> None:
-        _check_fraction("target", self.target)
+        check_fraction("target", self.target)
         _check_rounds(self.rounds)
 
     def __call__(self, round: int) -> float:
@@ -193,7 +193,7 @@ class Cubic:
     rounds: int
 
     def __post_init__(self) -> None:
-        _check_fraction("target", self.target)
+        check_fraction("target", self.target)
         _check_rounds(self.rounds)
 
     def __call__(self, round: int) -> float:
@@ -235,7 +235,7 @@ class Explicit:
                 "empty; give at least one, such as [0.5, 0.8, 0.9]"
             )
         for value in sparsities:
-            _check_fraction("sparsities", value)
+            check_fraction("sparsities", value)
         for before, after in pairwise(sparsities):
             if after < before:
                 raise ValueError(
@@ -249,14 +249,17 @@ class Explicit:
                 f"{self.rounds!r} came; leave it out"
             )
         if self.target is not None and self.target != sparsities[-1]:
-            _check_fraction("target", self.target)
+            check_fraction("target", self.target)
             if sparsities[-1] == 0:
                 raise ValueError(
                     f"`target` is {self.target!r}, but `sparsities` that end at 0 cannot be "
                     "scaled to it; give sparsities that rise"
                 )
             last = sparsities[-1]
-            sparsities = (*(value * (self.target / last) for value in sparsities[:-1]), self.target)
+            scale = self.target / last
+            # A product may be rounded up, past the target itself.
+            sparsities = tuple(min(self.target, value * scale) for value in sparsities[:-1])
+            sparsities = (*sparsities, self.target)
         object.__setattr__(self, "sparsities", sparsities)
         object.__setattr__(self, "target", sparsities[-1])
         object.__setattr__(self, "rounds", len(sparsities))
@@ -269,7 +272,7 @@ class Explicit:
         sparsities: list[float] = []
         density = 1.0
         for amount in amounts:
-            _check_fraction("amounts", amount)
+            check_fraction("amounts", amount)
             density *= 1 - amount
             sparsities.append(1 - density)
         return cls(sparsities, target, rounds)  # type: ignore[arg-type]
@@ -322,13 +325,14 @@ def sparsity_per_round(schedule: ScheduleLike, rounds: int | None = None) -> tup
 def _rounds_to(target: float, amount: float) -> int:
     if target == 0:
         return 1
-    if amount == 0:
+    rounds = math.log1p(-target) / math.log1p(-amount) if amount else math.inf
+    if rounds == math.inf:
         raise ValueError(
-            f"`amount` is expected to be above 0 to reach target={target!r}, but 0 came; "
+            f"`amount` is expected to be above 0 to reach target={target!r}, but {amount!r} came; "
             "give the fraction of the remaining weights that one round removes, such as 0.2"
         )
     # The small number keeps 1-(1-0.5)^3 = 0.875 at 3 rounds although the logarithms are rounded.
-    return max(1, math.ceil(math.log1p(-target) / math.log1p(-amount) - 1e-9))
+    return max(1, math.ceil(rounds - 1e-9))
 
 
 def _progress(round: int, rounds: int) -> float:
@@ -340,7 +344,12 @@ def _progress(round: int, rounds: int) -> float:
     return round / rounds
 
 
-def _check_fraction(name: str, value: float) -> None:
+def check_fraction(name: str, value: float) -> None:
+    """Refuse what is no number in [0, 1).
+
+    Raises:
+        ValueError: Naming `name`, the argument it is for.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(
             f"`{name}` is expected to be a number in [0, 1), but {value!r} came; "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruneflow.parameters import Pattern, select
+from pruneflow.processes import whole
 
 _COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -166,7 +167,7 @@ def sparsity_report(
     selection = select(model, include, exclude)
     slots = selection.slots or selection.frozen
     layers = tuple(
-        LayerSparsity(name, tuple(weight.shape), weight.numel(), int((weight == 0).sum()))
+        LayerSparsity(name, tuple(weight.shape), weight.numel(), int(whole((weight == 0).sum())))
         for name, weight in ((name, slot.weight) for name, slot in slots.items())
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())

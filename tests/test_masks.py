@@ -178,7 +178,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(sparsity=1.0), r"`sparsity` is expected to be in \[0, 1\)"),
+        (dict(sparsity=1.0), r"`sparsity` is expected to be a number in \[0, 1\)"),
         (dict(importance=lambda n, t, c: t[0]), "`importance` is expected to return scores of the"),
         (
             dict(importance=lambda n, t, c: t * math.nan),

@@ -56,7 +56,9 @@ def test_moments_of_pruned_weights_are_zeroed_and_others_kept():
     weight.grad = other.grad = torch.tensor([1.0, 2.0, 3.0])
     optimizer.step()
     before = optimizer.state[weight]["exp_avg"].clone()
-    settle_optimizer_state("zero_pruned", [optimizer], [(weight, torch.tensor([True, False, True]))])
+    settle_optimizer_state(
+        "zero_pruned", [optimizer], [(weight, torch.tensor([True, False, True]))]
+    )
     state = optimizer.state[weight]
     assert state["exp_avg"].tolist() == [before[0], 0, before[2]]
     assert state["exp_avg_sq"][1] == 0

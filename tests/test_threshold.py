@@ -1,8 +1,10 @@
 """The exact k-th score over many tensors, against a stable sort of the joined vector."""
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pruneflow import threshold
-from pruneflow.threshold import Elementwise, Threshold, find_threshold, keep_masks
+from pruneflow.threshold import Elementwise, Threshold, find_threshold, keep_masks, keep_parts
 
 N = 1_000_000
 
@@ -59,9 +61,9 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     brackets: list[tuple[float, float]] = []
     count = threshold._count
 
-    def counted(scores: Any, lo: float, hi: float) -> tuple[int, int, Tensor]:
+    def counted(scores: Any, lo: float, hi: float, gather: Any) -> tuple[int, int, Tensor]:
         brackets.append((lo, hi))
-        return count(scores, lo, hi)
+        return count(scores, lo, hi, gather)
 
     monkeypatch.setattr(threshold, "_count", counted)
     return brackets
@@ -111,6 +113,47 @@ def test_agrees_with_a_stable_sort(made: list[Tensor], share: float) -> None:
 
 def test_agrees_with_a_stable_sort_in_small_pieces(small_pieces: None) -> None:
     test_agrees_with_a_stable_sort()
+
+
+def in_lockstep(parts: Sequence[Sequence[Tensor]], k: int) -> list[list[Tensor]]:
+    """The masks of each process's parts, with threads for processes."""
+    barrier = threading.Barrier(len(parts))
+    sent = list[Tensor]([torch.empty(0)] * len(parts))
+
+    def run(rank: int) -> list[Tensor]:
+        def gather(tensor: Tensor) -> Tensor:
+            sent[rank] = tensor
+            barrier.wait()
+            joined = torch.cat(sent)
+            barrier.wait()
+            return joined
+
+        scores = functions(parts[rank])
+        found = find_threshold(scores, k, gather)
+        return list(keep_parts(scores, found, gather, rank))
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(run, range(len(parts))))
+
+
+@given(tensors(), st.floats(0, 1), st.data())
+@settings(deadline=None)
+def test_parts_in_several_processes_agree_with_a_stable_sort(
+    made: list[Tensor], share: float, data: st.DataObject
+) -> None:
+    made = [tensor.reshape(1) if tensor.dim() == 0 else tensor for tensor in made]
+    parts = []
+    for tensor in made:
+        ends = st.lists(st.integers(0, len(tensor)), min_size=2, max_size=2).map(sorted)
+        parts.append(tensor.tensor_split(data.draw(ends)))  # among them empty ones
+    k = round(share * sum(tensor.numel() for tensor in made))
+    masks = in_lockstep(list(zip(*parts, strict=True)), k)
+    whole = [torch.cat(shares).reshape(-1) for shares in zip(*masks, strict=True)]
+    assert torch.equal(torch.cat(whole), oracle(made, k))
+
+
+def test_parts_in_several_processes_and_small_pieces(small_pieces: None) -> None:
+    test_parts_in_several_processes_agree_with_a_stable_sort()
 
 
 def test_four_weights() -> None:
