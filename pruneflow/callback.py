@@ -216,7 +216,9 @@ class PruningCallback(L.Callback):
         if self.rewind and self._learning_rate is None:
             self._learning_rate = LearningRateSnapshot(trainer.optimizers, schedulers(trainer))
         if self._masks:
-            self.pruner.hold(MaskSet.from_state(self._masks))
+            masks = MaskSet.from_state(self._masks)
+            self.pruner.admit(masks)
+            self.pruner.hold(masks)
         elif self.from_zeros:
             self.pruner.hold_zeros()
             self._check_reachable(self.pruner.masks.sparsity)
@@ -240,7 +242,7 @@ class PruningCallback(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is being validated: a checkpoint saved then must not go by last epoch's name."""
-        if self.pruner is not None and not trainer.sanity_checking:
+        if self.pruner is not None and not (trainer.sanity_checking or trainer.barebones):
             # Not to the logger, which gets the same numbers at the epoch's end.
             self._log_totals(trainer, pl_module, logger=False)
 
@@ -257,7 +259,11 @@ class PruningCallback(L.Callback):
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove: plain parameters with exact zeros. Say so if training ended below the target."""
+        """Remove: plain parameters with exact zeros."""
+        self._remove()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let go also where there was nothing to train; say so if it ended below the target."""
         self._remove()
         assert self.plan is not None  # laid when fit began
         if self.round < len(self.plan.rounds):
@@ -265,10 +271,6 @@ class PruningCallback(L.Callback):
                 f"Training ended in round {self.round} of {len(self.plan.rounds)}, at sparsity "
                 f"{self.sparsity:.4f}, below the target; train longer, or fit again to go on"
             )
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let go also where there was nothing left to train."""
-        self._remove()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -286,6 +288,7 @@ class PruningCallback(L.Callback):
         due = len(self.plan.rounds) if trainer.fast_dev_run else self.plan.due(position)  # type: ignore[attr-defined]
         if due <= self.round:
             return False
+        self.pruner.admit()
         sparsity = self.plan.rounds[due - 1].sparsity
         if sparsity is None:
             for _ in range(due - self.round):
@@ -341,8 +344,9 @@ class PruningCallback(L.Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._logged = trainer.current_epoch
-        pl_module.log_dict(self._per_layer, **_LOGGED_PER_EPOCH)
-        self._log_totals(trainer, pl_module)
+        if not trainer.barebones:  # which logs nothing, and warns of every log
+            pl_module.log_dict(self._per_layer, **_LOGGED_PER_EPOCH)
+            self._log_totals(trainer, pl_module)
 
     def _log_totals(
         self, trainer: L.Trainer, pl_module: L.LightningModule, logger: bool | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.optim import Optimizer
 
 from pruneflow.masks import MaskSet
-from pruneflow.parameters import Slot, locate
+from pruneflow.parameters import NORMS, Slot, locate
 from pruneflow.processes import is_sharded, local
 
 
@@ -27,6 +27,9 @@ class Masking(Protocol):
     @property
     def held(self) -> Mapping[str, Tensor]:
         """The same without a copy, of whatever dtype they are held in, zero = pruned."""
+
+    def check(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Refuse tensors that cannot be held, before anything is trained."""
 
     def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
         """Begin to hold `masks`, once the optimizers exist."""
@@ -71,6 +74,20 @@ class InPlace:
         """The same without a copy: int8, zero = pruned."""
         return {name: bits for name, (_, bits) in self._held.items()}
 
+    def check(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Refuse tensors with sparse gradients.
+
+        Raises:
+            ValueError: Naming them.
+        """
+        slots = locate(model)
+        sparse = [name for name in names if getattr(slots[name].module, "sparse", False)]
+        if sparse:
+            raise ValueError(
+                "`masking` InPlace is expected to get tensors with dense gradients, but those of "
+                f"{', '.join(sparse)} are sparse; set `sparse=False` there, or `exclude` them"
+            )
+
     def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
         """Begin to hold `masks`, once the optimizers exist.
 
@@ -79,20 +96,17 @@ class InPlace:
         """
         slots = locate(model)
         masks.check({name: slot.parameter for name, slot in slots.items()})
-        sparse = [name for name in masks if getattr(slots[name].module, "sparse", False)]
-        if sparse:
-            raise ValueError(
-                "`masking` InPlace is expected to get tensors with dense gradients, but those of "
-                f"{', '.join(sparse)} are sparse; set `sparse=False` there, or `exclude` them"
-            )
+        self.check(model, masks)
         for name in masks:
             parameter = slots[name].parameter
             # The same memory layout as the weight, so that each pass runs straight through both.
             bits = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
             self._held[name] = (parameter, bits)
-            self._handles.append(
-                parameter.register_post_accumulate_grad_hook(partial(_clear_gradient, bits))
-            )
+            trained = parameter.requires_grad  # a frozen tensor takes no hook, and may thaw
+            parameter.requires_grad_()
+            hook = partial(_clear_gradient, bits)
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+            parameter.requires_grad_(trained)
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self.update(masks)
@@ -148,27 +162,36 @@ class Reparametrize:
         """The same without a copy: `torch.nn.utils.prune`'s own buffers."""
         return {name: _mask(slot) for name, slot in self._slots.items()}
 
-    def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
-        """Begin to hold `masks`, once the optimizers exist.
+    def check(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Refuse tensors that cannot be reparametrized.
 
         Raises:
-            ValueError: If the masks do not fit the model, or a tensor cannot be reparametrized:
-                tied weights, MultiheadAttention's `out_proj`, parametrized modules, and what
-                `torch.nn.utils.prune` already holds.
+            ValueError: Naming them: tied weights, MultiheadAttention's `out_proj`, parametrized
+                and sharded tensors, and what `torch.nn.utils.prune` already holds.
         """
         slots = locate(model)
-        masks.check({name: slot.parameter for name, slot in slots.items()})
-        refused = [f"{name} ({why})" for name in masks if (why := _refusal(slots[name]))]
+        refused = [f"{name} ({why})" for name in names if (why := _refusal(slots[name]))]
         if refused:
             raise ValueError(
                 "`masking` Reparametrize is expected to get tensors that torch.nn.utils.prune can "
                 f"hold, but cannot hold {', '.join(refused)}; use masking=InPlace(), or `exclude` "
                 "them"
             )
+
+    def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
+        """Begin to hold `masks`, once the optimizers exist.
+
+        Raises:
+            ValueError: If the masks do not fit the model, or a tensor cannot be reparametrized.
+        """
+        slots = locate(model)
+        masks.check({name: slot.parameter for name, slot in slots.items()})
+        self.check(model, masks)
         for name in masks:
             slot = self._slots[name] = slots[name]
             self._order.setdefault(slot.module, list(slot.module._parameters))
             prune.identity(slot.module, slot.attribute)
+            slot.module.__dict__["__deepcopy__"] = _refuse_to_copy
             self._handles += [
                 slot.module.register_state_dict_post_hook(partial(_fold_keys, slot.attribute)),
                 slot.module.register_load_state_dict_pre_hook(
@@ -196,6 +219,7 @@ class Reparametrize:
         for slot in self._slots.values():
             prune.remove(slot.module, slot.attribute)
         for module, order in self._order.items():
+            del module.__dict__["__deepcopy__"]
             for attribute in order:
                 module._parameters[attribute] = module._parameters.pop(attribute)
         self._slots, self._order, self._handles = {}, {}, []
@@ -228,11 +252,22 @@ def _refusal(slot: Slot) -> str | None:
         return f"tied to {slot.others[0][0]}"
     if isinstance(slot.module, NonDynamicallyQuantizableLinear):
         return "MultiheadAttention reads its out_proj without calling it"
-    if parametrize.is_parametrized(slot.module):
+    if (
+        parametrize.is_parametrized(slot.module)
+        or isinstance(slot.module, parametrize.ParametrizationList)
+        or any(isinstance(hook, NORMS) for hook in slot.module._forward_pre_hooks.values())
+    ):
         return "its module is parametrized"
     if slot.reparametrized:
         return "torch.nn.utils.prune already holds it"
     return None
+
+
+def _refuse_to_copy(memo: dict[int, Any]) -> None:
+    raise RuntimeError(
+        "a module whose masks Reparametrize holds cannot be copied (torch.nn.utils.prune keeps its "
+        "weight as an intermediate result); use masking=InPlace(), or copy after `remove()`"
+    )
 
 
 def _fold_keys(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 Pattern = str | type[nn.Module]
 
@@ -22,6 +24,7 @@ _WEIGHT_MODULES = (
     nn.Bilinear,
 )
 _RECURRENT_MODULES = (nn.RNNBase, nn.RNNCellBase)
+NORMS = (WeightNorm, SpectralNorm)  # hooks of the older form, from before parametrizations
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -159,6 +162,32 @@ def select(
         )
     frozen = {name: slot for name, slot in selected.items() if not slot.parameter.requires_grad}
     return Selection({n: slot for n, slot in selected.items() if n not in frozen}, frozen)
+
+
+def check_computed(model: nn.Module, exclude: Sequence[Pattern]) -> None:
+    """Refuse weights that are computed from other parameters and would silently stay dense.
+
+    Raises:
+        ValueError: Naming each, and what it is computed from.
+    """
+    slots = locate(model)
+    excluded = {name for pattern in exclude for name in _matching(pattern, slots, slots)}
+    trained = [n for n, s in slots.items() if s.parameter.requires_grad and n not in excluded]
+    computed = []
+    for prefix, module in model.named_modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, NORMS)]
+        for attribute in (*getattr(module, "parametrizations", ()), *(h.name for h in hooks)):
+            path = f"{prefix}." if prefix else ""
+            own = (f"{path}parametrizations.{attribute}.", f"{path}{attribute}_")
+            sources = [name for name in trained if name.startswith(own)]
+            if _is_weight(module, attribute) and sources:
+                computed.append(f"{path}{attribute} (from {', '.join(sources)})")
+    if computed:
+        raise ValueError(
+            "`include` is expected to say what to prune where weights are computed from other "
+            f"parameters: {'; '.join(computed)}; include those whose zeros the weight shares, as "
+            "in weight_norm and spectral_norm, or `exclude` them"
+        )
 
 
 def _reparametrized(module: nn.Module, attribute: str) -> bool:

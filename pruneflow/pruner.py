@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import get_args
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
 from pruneflow.masks import MaskSet, Scope, compute_masks, resolve_scope
-from pruneflow.parameters import Pattern, locate, select
+from pruneflow.parameters import Pattern, check_computed, locate, select
 from pruneflow.processes import check_placements, decide, is_sharded, place, reshard, unwrap
 from pruneflow.rewinding import OptimizerState, settle_optimizer_state
 from pruneflow.torch_methods import (
@@ -104,6 +104,8 @@ class Pruner:
         self.scope = scope
         self.masking: Masking = InPlace() if masking is None else masking
         self.optimizer_state = optimizer_state
+        if include is None:
+            check_computed(self.model, exclude)
         selection = select(self.model, include, exclude)
         self.frozen = tuple(selection.frozen)
         if not selection.slots:
@@ -120,6 +122,7 @@ class Pruner:
             )
         self._parameters = {name: slot.parameter for name, slot in selection.slots.items()}
         resolve_scope(scope, list(self._parameters))
+        self.masking.check(self.model, self._parameters)
         check_placements(self._parameters)
         if is_torch_method(importance):
             check_scope(importance, scope)
@@ -154,6 +157,32 @@ class Pruner:
     def masks(self) -> MaskSet:
         """The masks that are held now; empty before the first prune and after `remove`."""
         return self.masking.masks
+
+    def admit(self, pruned: Collection[str] = ()) -> None:
+        """Take in, of the tensors that were frozen, those that are trained by now.
+
+        Args:
+            pruned: Names of those to take in though still frozen, as they have been pruned before.
+
+        Raises:
+            ValueError: If one is in none of the optimizers, or in no group of the scope.
+        """
+        slots = locate(self.model)
+        new = {n for n in self.frozen if n in pruned or slots[n].parameter.requires_grad}
+        if not new:
+            return
+        masks, kept = dict(self.masks), new | set(self._parameters)
+        self.frozen = tuple(name for name in self.frozen if name not in new)
+        self._parameters = {n: slot.parameter for n, slot in slots.items() if n in kept}
+        resolve_scope(self.scope, list(self._parameters))
+        self.masking.check(self.model, new)
+        if self._optimizers:
+            trained = {n: p for n, p in self._parameters.items() if n in new and p.requires_grad}
+            _check_held(trained, self._optimizers)
+        if masks:
+            self.remove()
+            dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
+            self.hold(MaskSet(masks | dense))
 
     def prune_to(self, sparsity: float, *, round: int = 1) -> MaskSet:
         """Prune to a cumulative sparsity. Doing it again changes nothing.
@@ -229,6 +258,11 @@ class Pruner:
         reshard(self.model)
         if self._attached:
             self.masking.update(masks)
+        elif self.masking.masks:
+            raise ValueError(
+                f"`masking` is expected to hold the masks of one Pruner, but this "
+                f"{type(self.masking).__name__} holds those of another; make one for each"
+            )
         else:
             self.masking.attach(self.model, masks, self._optimizers)
             self._attached = True

@@ -29,7 +29,7 @@ def training_length(
         # plan was checked when the training began.
         return None
     steps = trainer.estimated_stepping_batches
-    return None if steps == float("inf") else int(steps)
+    return None if steps in (-1, float("inf")) else int(steps)
 
 
 def schedulers(trainer: L.Trainer) -> Schedulers:
