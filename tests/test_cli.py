@@ -107,10 +107,10 @@ def test_a_sweep_trains_the_dense_phase_once_and_gives_the_same_as_single_runs(t
         "schedule=compounding,linear",
         "schedule.target=0.5,0.98",
         *QUICK,
-        "hydra.sweep.dir=sweep",
         cwd=tmp_path,
     )
-    reports = [facts(tmp_path / "sweep" / str(job)) for job in range(4)]
+    (sweep,) = tmp_path.glob("outputs/digits/sweep_*")
+    reports = [facts(sweep / str(job)) for job in range(4)]
     assert [report["dense_cached"] for report in reports] == [False, True, True, True]
     assert [round(report["final"]["sparsity"], 3) for report in reports] == [0.5, 0.98, 0.5, 0.98]
     assert [report["schedule"].split("(")[0] for report in reports] == [
@@ -121,9 +121,7 @@ def test_a_sweep_trains_the_dense_phase_once_and_gives_the_same_as_single_runs(t
     ]
     assert len({report["dense"]["test_accuracy"] for report in reports}) == 1
     # Whether the dense phase came from the cache changes nothing.
-    ours, theirs = (
-        load_file(folder / "model.safetensors") for folder in (tmp_path / "sweep" / "1", single)
-    )
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (sweep / "1", single))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -265,9 +263,9 @@ def test_a_misspelt_key_in_a_users_recipe_is_refused_with_near_names(tmp_path):
     pruneflow("--config-dir", "mine", "recipe=good", "schedule.rounds=3", cwd=tmp_path)
 
 
-def test_a_killed_run_leaves_no_half_written_file(tmp_path):
+def test_a_killed_run_leaves_no_half_written_file_and_resumes_to_the_same_end(tmp_path, finished):
     process = subprocess.Popen(
-        [sys.executable, "-m", "pruneflow", "hydra.run.dir=run", "pruning.epochs=500"],
+        [sys.executable, "-m", "pruneflow", "hydra.run.dir=run", *QUICK],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -285,3 +283,8 @@ def test_a_killed_run_leaves_no_half_written_file(tmp_path):
     assert all(len(row) == len(rows[0]) for row in rows)
     load_file(tmp_path / "run" / "checkpoints" / "dense.safetensors")
     assert not (tmp_path / "run" / "report.json").exists()
+
+    run = pruneflow("hydra.run.dir=run", *QUICK, "resume=true", cwd=tmp_path)
+    assert "Resuming the run in" in run.stdout
+    for name in ("model.safetensors", "metrics.csv", "checkpoints/dense.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished[0] / name).read_bytes()

@@ -1,10 +1,12 @@
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from pruneflow.files import write_whole
+from pruneflow.files import sweep, write_whole
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -55,3 +57,15 @@ def test_keeps_the_suffix_by_which_savers_choose_the_format(tmp_path):
     with write_whole(tmp_path / "plot.png") as path:
         assert path.suffix == ".png"
         path.touch()
+
+
+def test_sweeps_only_what_nobody_writes_any_more(tmp_path):
+    with write_whole(tmp_path / "living.ckpt") as living:
+        living.touch()
+        for name in (".killed.partial.ckpt", ".other.partial.csv", "whole.ckpt", ".hidden.ckpt"):
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, times=(0, time.time() - 7200))
+        sweep(tmp_path, ".ckpt")
+        names = {path.name for path in tmp_path.iterdir()}
+    assert names == {living.name, ".other.partial.csv", "whole.ckpt", ".hidden.ckpt"}
+    sweep(tmp_path / "missing")
