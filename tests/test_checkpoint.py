@@ -2,10 +2,10 @@ import re
 
 import pytest
 import torch
-from conftest import TwoLayers
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.nn.utils import prune
+from two_layers import TwoLayers
 
 from pruneflow import Linear, OneShot, PruningCallback, Reparametrize, sparsity
 from pruneflow.checkpoint import SparsityCheckpoint

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import TwoLayers
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
 from torch.nn.utils import prune
+from two_layers import TwoLayers
 
 from pruneflow import Linear, PruningCallback, sparsity
 from pruneflow.importers import fold, fold_model
