@@ -15,7 +15,7 @@ from pruneflow.masks import MaskSet, Scope
 from pruneflow.parameters import Pattern
 from pruneflow.plan import Clock, Plan
 from pruneflow.pruner import Pruner
-from pruneflow.rewinding import LearningRateSnapshot, OptimizerState
+from pruneflow.rewinding import LearningRateSnapshot, OptimizerState, check_optimizer_state
 from pruneflow.schedules import ScheduleLike
 from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
 from pruneflow.trainers import averaged_models, check_strategy, schedulers, training_length
@@ -110,6 +110,7 @@ class PruningCallback(L.Callback):
             raise ValueError(
                 f"`rewind` is expected to be 'learning_rate' or None, but {rewind!r} came"
             )
+        check_optimizer_state(optimizer_state)
         self.schedule = schedule
         self.clock = Clock.counting(start_epoch, epochs_per_round, start_step, steps_per_round)
         Plan.lay(schedule, self.clock, None if _has_rounds(schedule) else self.clock.start + 1)

@@ -66,6 +66,11 @@ class Experiment:
                 "`trainer.limit_val_batches` is expected to leave batches to validate on, but 0 "
                 "came; every round is measured on them"
             )
+        if config.trainer.devices not in (1, "1"):
+            raise ValueError(
+                f"`trainer.devices` is expected to be 1, but {config.trainer.devices!r} came; for "
+                "many processes put the PruningCallback in a Trainer of your own"
+            )
         self.config = config
         self.folder = folder
         self.recipe = recipe
@@ -104,6 +109,7 @@ class Experiment:
             epochs_per_round=clock.every,
             masking=instantiate(config.masking),
             rewind=config.pruning.rewind,
+            optimizer_state=config.pruning.optimizer_state,
         )
         # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every

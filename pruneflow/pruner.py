@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from pruneflow.masking import InPlace, Masking
 from pruneflow.masks import MaskSet, Scope, compute_masks, resolve_scope
 from pruneflow.parameters import Pattern, check_computed, locate, select
 from pruneflow.processes import check_placements, decide, is_sharded, place, reshard, unwrap
-from pruneflow.rewinding import OptimizerState, settle_optimizer_state
+from pruneflow.rewinding import OptimizerState, check_optimizer_state, settle_optimizer_state
 from pruneflow.torch_methods import (
     TorchMethod,
     check_scope,
@@ -76,11 +75,7 @@ class Pruner:
         masking: Masking | None = None,
         optimizer_state: OptimizerState = "zero_pruned",
     ) -> None:
-        if optimizer_state not in get_args(OptimizerState):
-            raise ValueError(
-                f"`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
-                f"{optimizer_state!r} came"
-            )
+        check_optimizer_state(optimizer_state)
         functions = callable(importance) and not isinstance(importance, type)
         _expect(
             is_torch_method(importance) or functions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -68,6 +68,19 @@ class LearningRateSnapshot:
         snapshot = cls([], [])
         snapshot.groups, snapshot.schedulers = state["groups"], state["schedulers"]
         return snapshot
+
+
+def check_optimizer_state(policy: str) -> None:
+    """Refuse an unknown policy.
+
+    Raises:
+        ValueError: Naming `optimizer_state`.
+    """
+    if policy not in get_args(OptimizerState):
+        raise ValueError(
+            "`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
+            f"{policy!r} came"
+        )
 
 
 @torch.no_grad()
