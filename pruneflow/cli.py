@@ -7,6 +7,7 @@ import json
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,8 @@ def store_recipes() -> None:
 
 def main() -> None:
     """Run `python -m pruneflow`."""
+    # Lightning's own affair with newer PyTorch, of no use to who runs this.
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
     store_recipes()
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     _run()
