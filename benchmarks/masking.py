@@ -1,20 +1,30 @@
-"""Time of one training step under each way to hold masks, as a ratio to dense training.
+"""What each way to hold masks costs, side by side: time, memory, checkpoints and the prune itself.
 
-    python benchmarks/masking.py [--sparsity 0.98] [--rounds 15] [--batch 128] [--device cpu]
+    python benchmarks/masking.py [--write] [--sparsity 0.98] [--rounds 5] [--turns 21]
+                                 [--batch 128] [--device cpu]
 
-All variants stay alive in one process and take turns, one step each, so that whatever else the
-machine does touches them alike; the median over the turns is printed. `ModelPruning` is Lightning's
-callback, driven by hand; its three rounds leave what a training leaves: one hook and one mask.
+All ways stay alive in one process and take turns, one step (or one round) each, so that whatever
+else the machine does touches them alike; the median over the turns is printed. `--write` puts the
+tables into README.md. `ModelPruning` is Lightning's callback, driven by hand but for checkpoints.
+
+Peak memory is what PyTorch's allocator has given out at most within one training step, weights,
+momentum and masks included, as `torch.profiler` records it; a checkpoint is what
+`Trainer.save_checkpoint` writes once all rounds have pruned, with the momentum of SGD.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -22,19 +32,46 @@ import torchvision
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from pruneflow import InPlace, Pruner, Reparametrize
+from pruneflow import Compounding, InPlace, Pruner, PruningCallback, Reparametrize
+from pruneflow.masking import Masking
 
-Network = Callable[[], tuple[nn.Module, Callable[[int, str], Tensor], float]]
-ROUNDS = (0.5, 0.8)
-
-
-def resnet18() -> tuple[nn.Module, Callable[[int, str], Tensor], float]:
-    network = torchvision.models.resnet18(num_classes=10)
-    return network, lambda batch, device: torch.randn(batch, 3, 32, 32, device=device), 1e-2
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- begin: benchmarks/masking.py --write -->", "<!-- end -->"
 
 
-def transformer() -> tuple[nn.Module, Callable[[int, str], Tensor], float]:
+class Training(L.LightningModule):
+    """A network, one batch that it trains on, and the layers that every way prunes."""
+
+    def __init__(self, network: nn.Module, batch: Tensor, rate: float) -> None:
+        super().__init__()
+        self.network, self.rate = network, rate
+        self.register_buffer("batch", batch, persistent=False)
+        self.register_buffer("labels", torch.arange(len(batch)) % 10, persistent=False)
+        # By exact type: not the projections of MultiheadAttention, on which torch breaks.
+        layers = {n: m for n, m in self.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
+        self.names = [f"{name}.weight" for name in layers]
+        self.slots = [(layer, "weight") for layer in layers.values()]
+
+    def training_step(self, *_: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.network(self.batch), self.labels)
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9, weight_decay=1e-4)
+
+    def train_dataloader(self) -> list[int]:
+        return [0]  # one step an epoch, on the batch above
+
+
+def resnet18(batch: int) -> Training:
+    return Training(
+        torchvision.models.resnet18(num_classes=10), torch.randn(batch, 3, 32, 32), 1e-2
+    )
+
+
+def transformer(batch: int) -> Training:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -45,103 +82,223 @@ def transformer() -> tuple[nn.Module, Callable[[int, str], Tensor], float]:
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.body(tokens).mean(1))
 
-    return Tokens(), lambda batch, device: torch.randn(batch, 32, 256, device=device), 1e-3
+    return Training(Tokens(), torch.randn(batch, 32, 256), 1e-3)
 
 
-def linears(network: nn.Module) -> list[tuple[nn.Module, str]]:
-    """What every variant prunes: not MultiheadAttention, on which torch breaks."""
-    return [
-        (module, "weight") for module in network.modules() if type(module) in (nn.Conv2d, nn.Linear)
-    ]
+NETWORKS = {
+    "ResNet-18 of torchvision on 32x32 pictures": resnet18,
+    "A 4-layer transformer of width 256 on 32 tokens, attention's weights left out": transformer,
+}
+PruneRound = Callable[[int], object]
 
 
-def ours(masking: type) -> Callable[[nn.Module, torch.optim.Optimizer, float], None]:
-    def hold(network: nn.Module, optimizer: torch.optim.Optimizer, sparsity: float) -> None:
-        names = {id(module): name for name, module in network.named_modules()}
-        include = [f"{names[id(module)]}.weight" for module, _ in linears(network)]
-        pruner = Pruner(network, include=include, optimizers=[optimizer], masking=masking())
-        for target in (*ROUNDS, sparsity):
-            pruner.prune_to(target)
+@dataclass(frozen=True)
+class Way:
+    """A way to hold masks.
 
-    return hold
+    Args:
+        rounds: Makes the function that prunes round 1, 2, … by hand.
+        callbacks: Makes the callbacks that do the same in a Trainer, a round an epoch.
+    """
+
+    rounds: Callable[[Training, Optimizer, Compounding], PruneRound]
+    callbacks: Callable[[Training, Compounding], list[L.Callback]]
 
 
-def model_pruning(network: nn.Module, optimizer: torch.optim.Optimizer, sparsity: float) -> None:
-    callback = ModelPruning(
+def ours(masking: Callable[[], Masking]) -> Way:
+    def rounds(model: Training, optimizer: Optimizer, schedule: Compounding) -> PruneRound:
+        pruner = Pruner(model, include=model.names, optimizers=[optimizer], masking=masking())
+        return lambda k: pruner.prune_to(schedule(k))
+
+    return Way(
+        rounds,
+        lambda model, schedule: [PruningCallback(schedule, include=model.names, masking=masking())],
+    )
+
+
+def model_pruning(model: Training, schedule: Compounding) -> ModelPruning:
+    return ModelPruning(
         "l1_unstructured",
-        parameters_to_prune=linears(network),
+        parameters_to_prune=model.slots,
+        amount=schedule.amount,
         use_global_unstructured=True,
         use_lottery_ticket_hypothesis=False,
     )
-    module = L.LightningModule()
-    module.network = network
-    callback.setup(L.Trainer(logger=False, enable_checkpointing=False), module, "fit")
-    for amount in amounts(sparsity):
-        callback.apply_pruning(amount)
 
 
-def torch_prune(network: nn.Module, optimizer: torch.optim.Optimizer, sparsity: float) -> None:
-    for amount in amounts(sparsity):
-        prune.global_unstructured(linears(network), prune.L1Unstructured, amount=amount)
+def model_pruning_rounds(model: Training, _: Optimizer, schedule: Compounding) -> PruneRound:
+    callback = model_pruning(model, schedule)
+    callback.setup(L.Trainer(logger=False, enable_checkpointing=False), model, "fit")
+    return lambda k: callback.apply_pruning(schedule.amount)
 
 
-def amounts(sparsity: float) -> list[float]:
-    targets = (0.0, *ROUNDS, sparsity)
-    return [1 - (1 - b) / (1 - a) for a, b in pairwise(targets)]
+def prune_all(model: Training, schedule: Compounding) -> None:
+    prune.global_unstructured(model.slots, prune.L1Unstructured, amount=schedule.amount)
 
 
-VARIANTS: dict[str, Callable[[nn.Module, torch.optim.Optimizer, float], None]] = {
-    "dense": lambda network, optimizer, sparsity: None,
+class PruneAll(L.Callback):
+    def __init__(self, schedule: Compounding) -> None:
+        self.schedule = schedule
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch < self.schedule.rounds:
+            prune_all(pl_module, self.schedule)
+
+
+WAYS = {
+    "dense": Way(lambda *_: lambda k: None, lambda *_: []),
     "pruneflow InPlace": ours(InPlace),
     "pruneflow Reparametrize": ours(Reparametrize),
-    "Lightning ModelPruning": model_pruning,
-    "torch.nn.utils.prune": torch_prune,
+    "Lightning ModelPruning": Way(model_pruning_rounds, lambda *given: [model_pruning(*given)]),
+    "torch.nn.utils.prune": Way(
+        lambda model, _, schedule: lambda k: prune_all(model, schedule),
+        lambda model, schedule: [PruneAll(schedule)],
+    ),
 }
 
 
-def measure(make: Network, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    steps = {}
-    for name, hold in VARIANTS.items():
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a network, the rounds, and where."""
+
+    make: Callable[[int], Training]
+    schedule: Compounding
+    batch: int
+    device: str
+
+    def build(self, way: Way) -> tuple[Training, Optimizer, PruneRound]:
         torch.manual_seed(0)
-        network, batch_of, rate = make()
-        network.to(arguments.device)
-        optimizer = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
-        hold(network, optimizer, arguments.sparsity)
-        batch = batch_of(arguments.batch, arguments.device)
-        labels = torch.arange(arguments.batch, device=arguments.device) % 10
-        steps[name] = (network, optimizer, batch, labels)
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for turn in range(arguments.rounds + 2):
-        for name, (network, optimizer, batch, labels) in steps.items():
-            began = time.perf_counter()
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(batch), labels).backward()
-            optimizer.step()
-            if arguments.device == "cuda":
-                torch.cuda.synchronize()
+        model = self.make(self.batch).to(self.device)
+        optimizer = model.configure_optimizers()
+        return model, optimizer, way.rounds(model, optimizer, self.schedule)
+
+
+def step(model: Training, optimizer: Optimizer) -> None:
+    optimizer.zero_grad()
+    model.training_step().backward()
+    optimizer.step()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def times(case: Case, turns: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each training step at full sparsity, and of each round."""
+    built = {name: case.build(way) for name, way in WAYS.items()}
+    steps: dict[str, list[float]] = {name: [] for name in WAYS}
+    rounds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for model, optimizer, _ in built.values():
+        step(model, optimizer)  # so that there is momentum to be pruned
+    for k in range(1, case.schedule.rounds + 1):
+        for name, (_, _, prune_round) in built.items():
+            rounds[name].append(seconds(partial(prune_round, k)))
+    for turn in range(turns + 2):
+        for name, (model, optimizer, _) in built.items():
+            passed = seconds(partial(step, model, optimizer))
             if turn >= 2:  # the first two warm caches and allocators up
-                times[name].append(time.perf_counter() - began)
-    return times
+                steps[name].append(passed)
+    return steps, rounds
+
+
+def peak_bytes(way: Way, case: Case) -> int:
+    """The most that is allocated within a step, profiled from the start to know all that lives."""
+    gc.collect()  # what an earlier profile saw made, this one would see freed
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model, optimizer, prune_round = case.build(way)
+        for k in range(1, case.schedule.rounds + 1):
+            prune_round(k)
+        step(model, optimizer)
+        with record_function("measured step"):
+            step(model, optimizer)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    began = next(event.start_ns() for event in events if event.name() == "measured step")
+    live = most = 0
+    for event in events:
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live) if event.start_ns() >= began else live
+    return most
+
+
+def checkpoint_bytes(way: Way, case: Case) -> int:
+    """Size of a checkpoint that a training writes in the epoch after the last round."""
+    torch.manual_seed(0)
+    model = case.make(2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "training.ckpt")
+
+        class Save(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                if trainer.current_epoch == case.schedule.rounds:
+                    trainer.save_checkpoint(path)
+
+        L.Trainer(
+            max_epochs=case.schedule.rounds + 1,
+            callbacks=[*way.callbacks(model, case.schedule), Save()],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        ).fit(model)
+        return path.stat().st_size
+
+
+def table(case: Case, turns: int) -> str:
+    sizes = {name: checkpoint_bytes(way, case) for name, way in WAYS.items()}
+    peaks = {name: peak_bytes(way, case) for name, way in WAYS.items()}
+    steps, rounds = times(case, turns)
+    rows = [
+        "| | step, ms | to dense | peak, MB | to dense | checkpoint, MB | to dense | s a round |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in WAYS:
+        ratio = statistics.median(a / b for a, b in zip(steps[name], steps["dense"], strict=True))
+        cells = [
+            name,
+            f"{1000 * statistics.median(steps[name]):.1f}",
+            f"{ratio:.3f}",
+            f"{peaks[name] / 1e6:.1f}",
+            f"{peaks[name] / peaks['dense']:.3f}",
+            f"{sizes[name] / 1e6:.1f}",
+            f"{sizes[name] / sizes['dense']:.3f}",
+            "-" if name == "dense" else f"{statistics.median(rounds[name]):.3f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     parser.add_argument("--sparsity", type=float, default=0.98)
-    parser.add_argument("--rounds", type=int, default=15, help="turns that are measured")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that lead to it")
+    parser.add_argument("--turns", type=int, default=21, help="training steps that are measured")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments}")
-    for make in (resnet18, transformer):
-        times = measure(make, arguments)
-        dense = times["dense"]
-        print(f"\n{make.__name__}, one training step\n")
-        print("| variant | median ms | ratio to dense (median of turns) |")
-        print("|---|---:|---:|")
-        for name, values in times.items():
-            ratio = statistics.median(a / b for a, b in zip(values, dense, strict=True))
-            print(f"| {name} | {1000 * statistics.median(values):.1f} | {ratio:.3f} |")
+    text = (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, batch "
+        f"{arguments.batch}, {100 * arguments.sparsity:g} % sparse after {arguments.rounds} "
+        f"rounds, medians of {arguments.turns} steps.\n"
+    )
+    schedule = Compounding(target=arguments.sparsity, rounds=arguments.rounds)
+    for title, make in NETWORKS.items():
+        case = Case(make, schedule, arguments.batch, arguments.device)
+        text += f"\n{title}:\n\n{table(case, arguments.turns)}\n"
+    print(text)
+    if arguments.write:
+        before, rest = README.read_text().split(BEGIN)
+        after = rest.split(END, 1)[1]
+        README.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
 
 
 if __name__ == "__main__":
