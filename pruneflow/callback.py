@@ -9,18 +9,18 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.companions import denser_choices
-from pruneflow.importance import Importance, Random, magnitude
+from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import Masking, Reparametrize
 from pruneflow.masks import MaskSet, Scope
 from pruneflow.parameters import Pattern
-from pruneflow.plan import Clock, Plan
+from pruneflow.plan import Clock, Plan, has_rounds
 from pruneflow.pruner import Pruner
+from pruneflow.resuming import VERSION, check_state, method_state
 from pruneflow.rewinding import LearningRateSnapshot, OptimizerState, check_optimizer_state
 from pruneflow.schedules import ScheduleLike
 from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
 from pruneflow.trainers import averaged_models, check_strategy, schedulers, training_length
 
-_STATE_VERSION = 2
 # Of what is logged in one epoch the last counts, and masks only grow; processes agree on it.
 _LOGGED_PER_EPOCH: Any = {
     "on_step": False,
@@ -113,7 +113,7 @@ class PruningCallback(L.Callback):
         check_optimizer_state(optimizer_state)
         self.schedule = schedule
         self.clock = Clock.counting(start_epoch, epochs_per_round, start_step, steps_per_round)
-        Plan.lay(schedule, self.clock, None if _has_rounds(schedule) else self.clock.start + 1)
+        Plan.lay(schedule, self.clock, None if has_rounds(schedule) else self.clock.start + 1)
         self.importance = importance
         self.scope = scope
         self.include = include
@@ -163,7 +163,7 @@ class PruningCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note where a checkpoint was pruned otherwise, which would go on from a dense plan."""
-        mine = {callback.state_key for callback in _pruning_callbacks(trainer)}
+        mine = {callback.state_key for callback in pruning_callbacks(trainer)}
         stored = checkpoint["callbacks"]
         kind = type(self).__qualname__
         others = {key for key in stored if key.startswith(kind)} - mine
@@ -193,7 +193,7 @@ class PruningCallback(L.Callback):
                 "The pruning plan is finished: its zeros are held, nothing more is pruned"
             )
         else:
-            length = training_length(trainer, pl_module, self.clock, _has_rounds(self.schedule))
+            length = training_length(trainer, pl_module, self.clock, has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
             rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")
             for message in denser_choices(trainer, self.plan):
@@ -251,9 +251,9 @@ class PruningCallback(L.Callback):
         """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
         held = self.pruner.masks if self.pruner else None
         return {
-            "version": _STATE_VERSION,
+            "version": VERSION,
             "round": self.round,
-            "method": self._method(),
+            "method": method_state(self.importance, self.scope),
             "plan": self.plan.state() if self.plan else None,
             "masks": held.state() if held else self._masks,
             "learning_rate": self._learning_rate.state() if self._learning_rate else None,
@@ -310,9 +310,9 @@ class PruningCallback(L.Callback):
 
     def _check_disjoint(self, trainer: L.Trainer) -> None:
         assert self.pruner is not None
-        for other in _pruning_callbacks(trainer):
+        for other in pruning_callbacks(trainer):
             if other is not self and other.pruner is not None:
-                both = sorted(set(self.pruner.names) & set(other.pruner.names))
+                both = sorted(_claimed(self.pruner) & _claimed(other.pruner))
                 if both:
                     raise ValueError(
                         "`include`/`exclude` of several PruningCallbacks are expected to select "
@@ -328,12 +328,6 @@ class PruningCallback(L.Callback):
                     f"model has already, but round {planned.number} asks for {planned.sparsity:.6g}"
                     "; pruned weights stay pruned, so let the first round ask for more"
                 )
-
-    def _method(self) -> dict[str, str]:
-        importance: Any = self.importance
-        if not isinstance(importance, Random):  # its repr holds the seed and nothing else
-            importance = getattr(importance, "__qualname__", None) or type(importance).__qualname__
-        return {"importance": str(importance), "scope": str(self.scope)}
 
     def _measure(self) -> None:
         assert self.pruner is not None
@@ -353,7 +347,7 @@ class PruningCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, logger: bool | None = None
     ) -> None:
         # Each of several callbacks logs what all have pruned by now; the last of the logs counts.
-        callbacks = _pruning_callbacks(trainer)
+        callbacks = pruning_callbacks(trainer)
         pruned = sum(callback._pruned for callback in callbacks)
         weights = sum(callback.pruner.weights for callback in callbacks if callback.pruner)
         reached = max(callback.round for callback in callbacks)
@@ -371,35 +365,16 @@ class PruningCallback(L.Callback):
                 "`exclude`, or start from its weights with `from_zeros=True`"
             )
         assert self.plan is not None
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"the checkpoint's pruning state is expected to have version {_STATE_VERSION}, but "
-                f"{state.get('version')!r} came; read it with the pruneflow that wrote it"
-            )
-        if state["plan"] is not None and not self._same_plan(state["plan"], self.plan.state()):
-            raise ValueError(
-                "the checkpoint is expected to come from the same plan, but its rounds are "
-                f"{_rounds(state['plan'])}, and those of this training {_rounds(self.plan.state())}"
-                "; resume with the same schedule and clock, or start from its weights alone"
-            )
-        if state["method"] != self._method():
-            raise ValueError(
-                f"the checkpoint is expected to come from the same method, {self._method()}, but "
-                f"comes from {state['method']}; resume with that, or start from its weights with "
-                "`from_zeros=True`"
-            )
+        check_state(
+            state,
+            self.plan.state(),
+            method_state(self.importance, self.scope),
+            longer_is_other=has_rounds(self.schedule),
+        )
         self.round = state["round"]
         self._masks = state["masks"]
         saved = state["learning_rate"]
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None
-
-    def _same_plan(self, stored: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
-        rounds = [plan["rounds"] for plan in (stored, mine)]
-        if not _has_rounds(self.schedule):
-            # A function gets as many rounds as fit, and a longer training is no other plan.
-            shorter = min(map(len, rounds))
-            rounds = [some[:shorter] for some in rounds]
-        return bool(rounds[0] == rounds[1] and stored["unit"] == mine["unit"])
 
     def _remove(self) -> None:
         if self.pruner is not None:
@@ -409,20 +384,17 @@ class PruningCallback(L.Callback):
             self.pruner = None
 
 
-def _pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:
+def pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:
+    """The PruningCallbacks of a Trainer, in their order."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, PruningCallback)]
+
+
+def _claimed(pruner: Pruner) -> set[str]:
+    return {*pruner.names, *pruner.frozen}  # what is frozen may be taken in later
 
 
 def _words(patterns: Sequence[Pattern] | None) -> list[str] | None:
     if patterns is None:
         return None
     return [pattern if isinstance(pattern, str) else pattern.__qualname__ for pattern in patterns]
-
-
-def _has_rounds(schedule: ScheduleLike | int | None) -> bool:
-    return not callable(schedule) or hasattr(schedule, "rounds")
-
-
-def _rounds(plan: Mapping[str, Any]) -> str:
-    return ", ".join(f"{sparsity} at {plan['unit']} {at}" for at, sparsity in plan["rounds"])

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from pruneflow.callback import PruningCallback
+from pruneflow.callback import pruning_callbacks
 
 _REFUSED = {
     "save_top_k": "one checkpoint of each round is kept",
@@ -49,7 +49,7 @@ class SparsityCheckpoint(ModelCheckpoint):
             without a PruningCallback or validation; when a validation did not log the metric.
 
     Example:
-        >>> from pruneflow import Compounding
+        >>> from pruneflow import Compounding, PruningCallback
         >>> pruning = PruningCallback(Compounding(target=0.98, rounds=8))
         >>> checkpoint = SparsityCheckpoint(monitor="val_accuracy", mode="max")
         >>> trainer = L.Trainer(max_epochs=10, callbacks=[pruning, checkpoint], logger=False)
@@ -101,7 +101,7 @@ class SparsityCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that there are rounds, and that something measures them."""
-        if not _prunings(trainer):
+        if not pruning_callbacks(trainer):
             raise ValueError(
                 "SparsityCheckpoint is expected beside a PruningCallback, but the Trainer has "
                 "none; add one, or use ModelCheckpoint"
@@ -158,15 +158,10 @@ class SparsityCheckpoint(ModelCheckpoint):
         return trainer.callback_metrics.get(self.monitor)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        if not all(p.plan and p.round == len(p.plan.rounds) for p in _prunings(trainer)):
+        if not all(p.plan and p.round == len(p.plan.rounds) for p in pruning_callbacks(trainer)):
             self.best_model_path, self.best_model_score = "", None
         super()._save_checkpoint(trainer, filepath)
 
 
-def _prunings(trainer: L.Trainer) -> list[PruningCallback]:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, PruningCallback)]
-
-
 def _round(trainer: L.Trainer) -> int:
-    return sum(pruning.round for pruning in _prunings(trainer))
+    return sum(pruning.round for pruning in pruning_callbacks(trainer))

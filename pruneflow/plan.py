@@ -190,6 +190,11 @@ class Plan:
         return {"unit": self.unit, "rounds": [[r.at, r.sparsity] for r in self.rounds]}
 
 
+def has_rounds(schedule: ScheduleLike | int | None) -> bool:
+    """Whether a schedule says how many rounds there are; a plain function gets as many as fit."""
+    return not callable(schedule) or hasattr(schedule, "rounds")
+
+
 def pruned_count(sparsity: float, weights: int) -> int:
     """How many of `weights` are pruned at a cumulative sparsity: always from the dense count.
 

@@ -49,6 +49,7 @@ class Pruner:
     Raises:
         ValueError: If a pattern or the scope does not fit the model, a tensor to prune is in none
             of the optimizers or under `torch.nn.utils.prune`, or `optimizer_state` is unknown.
+        TypeError: If an argument is no such thing at all, such as a class for an object.
 
     Example:
         >>> import torch
@@ -253,7 +254,7 @@ class Pruner:
         reshard(self.model)
         if self._attached:
             self.masking.update(masks)
-        elif self.masking.masks:
+        elif self.masking.held:
             raise ValueError(
                 f"`masking` is expected to hold the masks of one Pruner, but this "
                 f"{type(self.masking).__name__} holds those of another; make one for each"

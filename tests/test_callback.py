@@ -255,9 +255,15 @@ def test_several_callbacks_prune_different_tensors(model, batches, trainer, tmp_
     resumed = callbacks()
     trainer(*resumed, max_epochs=3).fit(type(model)(), batches, ckpt_path=tmp_path / "two.ckpt")
     assert [pruning.sparsity for pruning in resumed] == [0.9, 0.4]
-    overlapping = PruningCallback(OneShot(0.5), exclude=["head.*"])
-    with pytest.raises(ValueError, match=r"different tensors, but two select body\.weight"):
-        trainer(callbacks()[0], overlapping).fit(model, batches)
+    for frozen in (False, True):  # what is frozen may be unfrozen later
+        new = type(model)()
+        new.body.requires_grad_(not frozen)
+        overlapping = (
+            PruningCallback(OneShot(0.5)),
+            PruningCallback(OneShot(0.4), include=["*.weight"]),
+        )
+        with pytest.raises(ValueError, match=r"different tensors, but two select body\.weight"):
+            trainer(*overlapping).fit(new, batches)
 
 
 def test_goes_on_from_zeros(model, batches, trainer):

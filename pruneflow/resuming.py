@@ -1,0 +1,75 @@
+"""Whether a checkpoint's pruning state belongs to the training that is to go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pruneflow.importance import Random
+from pruneflow.masks import Scope
+
+VERSION = 2
+"""Of the state that PruningCallback stores."""
+
+
+def check_state(
+    state: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    method: Mapping[str, str],
+    *,
+    longer_is_other: bool,
+) -> None:
+    """Refuse the state of another plan, method or version.
+
+    Args:
+        state: What a PruningCallback stored.
+        plan: `Plan.state()` of this training.
+        method: What `method_state` says of it.
+        longer_is_other: Whether more rounds make another plan; not where a function gets as many
+            as fit the training.
+
+    Raises:
+        ValueError: Saying what differs.
+    """
+    if state.get("version") != VERSION:
+        raise ValueError(
+            f"the checkpoint's pruning state is expected to have version {VERSION}, but "
+            f"{state.get('version')!r} came; read it with the pruneflow that wrote it"
+        )
+    stored = state["plan"]
+    if stored is not None and not _same_plan(stored, plan, longer_is_other):
+        raise ValueError(
+            f"the checkpoint is expected to come from the same plan, but its rounds are "
+            f"{_rounds(stored)}, and those of this training {_rounds(plan)}; resume with the same "
+            "schedule and clock, or start from its weights alone"
+        )
+    if state["method"] != method:
+        raise ValueError(
+            f"the checkpoint is expected to come from the same method, {method}, but comes from "
+            f"{state['method']}; resume with that, or start from its weights with "
+            "`from_zeros=True`"
+        )
+
+
+def method_state(importance: Any, scope: Scope) -> dict[str, str]:
+    """The method in words, to be stored and compared.
+
+    Example:
+        >>> method_state(Random(seed=3), "global")
+        {'importance': 'Random(seed=3)', 'scope': 'global'}
+    """
+    if not isinstance(importance, Random):  # its repr holds the seed and nothing else
+        importance = getattr(importance, "__qualname__", None) or type(importance).__qualname__
+    return {"importance": str(importance), "scope": str(scope)}
+
+
+def _same_plan(one: Mapping[str, Any], other: Mapping[str, Any], longer_is_other: bool) -> bool:
+    rounds = [plan["rounds"] for plan in (one, other)]
+    if not longer_is_other:
+        shorter = min(map(len, rounds))
+        rounds = [some[:shorter] for some in rounds]
+    return bool(rounds[0] == rounds[1] and one["unit"] == other["unit"])
+
+
+def _rounds(plan: Mapping[str, Any]) -> str:
+    return ", ".join(f"{sparsity} at {plan['unit']} {at}" for at, sparsity in plan["rounds"])
