@@ -66,6 +66,10 @@ class Experiment:
                 "`trainer.limit_val_batches` is expected to leave batches to validate on, but 0 "
                 "came; every round is measured on them"
             )
+        if not isinstance(config.resume, bool):
+            raise ValueError(
+                f"`resume` is expected to be true or false, but {config.resume!r} came"
+            )
         if config.trainer.devices not in (1, "1"):
             raise ValueError(
                 f"`trainer.devices` is expected to be 1, but {config.trainer.devices!r} came; for "

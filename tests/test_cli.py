@@ -226,6 +226,7 @@ def test_help_and_cfg(tmp_path):
         (["lr_scheduler.warmup_epochs=3"], "`warmup_epochs`"),
         (["classifier.label_smoothing=2"], "`label_smoothing`"),
         (["trainer.limit_val_batches=0"], "`trainer.limit_val_batches`"),
+        (["resume=maybe"], "`resume` is expected to be true or false"),
         (["trainer.devices=2"], "`trainer.devices` is expected to be 1"),
         (["pruning.optimizer_state=forget"], "`optimizer_state` is expected to be"),
         (["recipe=resnet"], "resnet18_cifar10_short"),
