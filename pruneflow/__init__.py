@@ -3,7 +3,8 @@
 from pruneflow.callback import PruningCallback
 from pruneflow.checkpoint import SparsityCheckpoint
 from pruneflow.checkpoint_io import AtomicCheckpointIO
-from pruneflow.importance import Context, Given, Random, magnitude
+from pruneflow.gradients import Gradients
+from pruneflow.importance import Context, Given, Random, magnitude, taylor
 from pruneflow.importers import fold, fold_model
 from pruneflow.masking import InPlace, Reparametrize
 from pruneflow.masks import MaskSet, compute_masks
@@ -20,6 +21,7 @@ __all__ = [
     "Cubic",
     "Explicit",
     "Given",
+    "Gradients",
     "InPlace",
     "Linear",
     "MaskSet",
@@ -37,4 +39,5 @@ __all__ = [
     "magnitude",
     "sparsity",
     "sparsity_report",
+    "taylor",
 ]

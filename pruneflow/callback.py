@@ -9,7 +9,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.companions import denser_choices
-from pruneflow.importance import Importance, magnitude
+from pruneflow.gradients import Gradients
+from pruneflow.importance import Importance, magnitude, needs_gradients
 from pruneflow.masking import Masking, Reparametrize
 from pruneflow.masks import MaskSet, Scope
 from pruneflow.parameters import Pattern
@@ -47,6 +48,8 @@ class PruningCallback(L.Callback):
             the training. The number of rounds where `importance` keeps its own amount. None to
             prune nothing, with `from_zeros`.
         importance: Scores, higher = keep, or a pruning method of torch; see `Pruner`.
+        gradients: Where an importance such as `taylor` gets the gradients it needs:
+            `Gradients(loss, batches=8)`.
         scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
         include: Globs over qualified names and module types; None for what is prunable by default.
         exclude: What to leave out.
@@ -80,6 +83,7 @@ class PruningCallback(L.Callback):
         schedule: ScheduleLike | int | None,
         *,
         importance: Importance | TorchMethod = magnitude,
+        gradients: Gradients | None = None,
         scope: Scope = "global",
         include: Sequence[Pattern] | None = None,
         exclude: Sequence[Pattern] = (),
@@ -106,6 +110,11 @@ class PruningCallback(L.Callback):
                 else "a schedule such as Compounding(target=0.98, rounds=8)"
             )
             raise ValueError(f"`schedule` is expected to be {expected}, but {schedule!r} came")
+        if needs_gradients(importance) and gradients is None:
+            raise ValueError(
+                f"`gradients` is expected to say where {importance!r} gets the gradients it needs, "
+                "but None came; give Gradients(loss), with the loss of your training"
+            )
         if rewind not in (None, "learning_rate"):
             raise ValueError(
                 f"`rewind` is expected to be 'learning_rate' or None, but {rewind!r} came"
@@ -115,6 +124,7 @@ class PruningCallback(L.Callback):
         self.clock = Clock.counting(start_epoch, epochs_per_round, start_step, steps_per_round)
         Plan.lay(schedule, self.clock, None if has_rounds(schedule) else self.clock.start + 1)
         self.importance = importance
+        self.gradients = gradients
         self.scope = scope
         self.include = include
         self.exclude = exclude
@@ -211,7 +221,7 @@ class PruningCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold the masks so far, once optimizers exist and a checkpoint has been loaded."""
-        assert self.pruner is not None  # made when fit began
+        assert self.plan is not None and self.pruner is not None  # made when fit began
         self._take_restored()  # some strategies load a checkpoint only now
         self._logged = None  # no epoch of this fit yet
         if self.rewind and self._learning_rate is None:
@@ -222,7 +232,7 @@ class PruningCallback(L.Callback):
             self.pruner.hold(masks)
         elif self.from_zeros:
             self.pruner.hold_zeros()
-            self._check_reachable(self.pruner.masks.sparsity)
+            self.plan.check_start(self.pruner.masks.sparsity)
         self._mask_averages(trainer)
         self._measure()
 
@@ -295,7 +305,10 @@ class PruningCallback(L.Callback):
             for _ in range(due - self.round):
                 self.pruner.prune()
         else:
-            self.pruner.prune_to(sparsity, round=due)
+            gradients = None
+            if self.gradients is not None and needs_gradients(self.importance):
+                gradients = self.gradients.compute(trainer)
+            self.pruner.prune_to(sparsity, round=due, gradients=gradients)
         self.round = due
         self._mask_averages(trainer)
         self._measure()
@@ -318,16 +331,6 @@ class PruningCallback(L.Callback):
                         "`include`/`exclude` of several PruningCallbacks are expected to select "
                         f"different tensors, but two select {', '.join(both)}; exclude them in one"
                     )
-
-    def _check_reachable(self, present: float) -> None:
-        assert self.plan is not None
-        for planned in self.plan.rounds:
-            if planned.sparsity is not None and planned.sparsity < present:
-                raise ValueError(
-                    f"`schedule` is expected to start from the sparsity {present:.6g} that the "
-                    f"model has already, but round {planned.number} asks for {planned.sparsity:.6g}"
-                    "; pruned weights stay pruned, so let the first round ask for more"
-                )
 
     def _measure(self) -> None:
         assert self.pruner is not None

@@ -24,9 +24,11 @@ from pruneflow.callback import PruningCallback
 from pruneflow.checkpoint_io import AtomicCheckpointIO, check_whole
 from pruneflow.facts import Facts, FinishedRound
 from pruneflow.files import write_whole
+from pruneflow.gradients import Gradients
 from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
+from pruneflow.importance import needs_gradients
 from pruneflow.masks import resolve_scope
-from pruneflow.models import load_weights
+from pruneflow.models import Classifier, load_weights
 from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan, pruned_count
 from pruneflow.report import write_report
@@ -104,9 +106,13 @@ class Experiment:
         resolve_scope(self.scope, list(self.selection.slots))
         if is_torch_method(self.importance):
             check_scope(self.importance, self.scope)
+        gradients = None
+        if needs_gradients(self.importance):
+            gradients = Gradients(Classifier.loss, config.pruning.gradient_batches)
         self.pruning = PruningCallback(
             self.schedule,
             importance=self.importance,
+            gradients=gradients,
             scope=_in_classifier(self.scope),
             include=_in_classifier(list(self.selection.slots)),
             start_epoch=clock.start,

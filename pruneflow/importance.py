@@ -3,14 +3,15 @@
 An importance is a pure function `(name, tensor, context) -> scores` of the tensor's shape, called
 tensor by tensor and more than once a round, so that a round never holds all scores. One that scores
 each weight by itself, like `magnitude`, may say so by an attribute `elementwise = True`; it is then
-called with flat pieces of the tensor, which is faster and takes less memory.
+called with flat pieces of the tensor, which is faster and takes less memory. One that looks at the
+gradients of the loss, like `taylor`, has to say so by `needs_gradients = True`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ class Context:
 
     Args:
         round: The round that is about to prune, counted from 1.
+        gradients: Qualified name -> gradient of the loss, of the tensor's shape; empty unless the
+            importance says that it `needs_gradients`.
     """
 
     round: int
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Importance = Callable[[str, Tensor, Context], Tensor]
@@ -52,6 +56,45 @@ def magnitude(name: str, tensor: Tensor, context: Context) -> Tensor:
 
 
 magnitude.elementwise = True  # type: ignore[attr-defined]
+
+
+def taylor(name: str, tensor: Tensor, context: Context) -> Tensor:
+    """How much the loss changes, to first order, when a weight becomes zero: |weight x gradient|.
+
+    Before any training this is the connection sensitivity of SNIP.
+
+    Args:
+        name: Qualified name of the tensor.
+        tensor: The live weights, of any shape.
+        context: With the gradient of the tensor.
+
+    Returns:
+        Scores of the tensor's shape, at least float32, as products of halves would vanish.
+
+    Example:
+        >>> context = Context(round=1, gradients={"weight": torch.tensor([0.1, -2.0])})
+        >>> taylor("weight", torch.tensor([-3.0, 1.0]), context)
+        tensor([0.3000, 2.0000])
+
+    References:
+        Molchanov et al. 2019, https://arxiv.org/abs/1906.10771; Lee et al. 2019 (SNIP),
+        https://arxiv.org/abs/1810.02340.
+    """
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return (tensor.to(wide) * context.gradients[name]).abs()
+
+
+taylor.needs_gradients = True  # type: ignore[attr-defined]
+
+
+def needs_gradients(importance: object) -> bool:
+    """Whether an importance looks at the gradients of the loss.
+
+    Example:
+        >>> needs_gradients(taylor), needs_gradients(magnitude)
+        (True, False)
+    """
+    return getattr(importance, "needs_gradients", False)
 
 
 @dataclass(frozen=True)

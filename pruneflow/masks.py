@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed import get_rank
 
-from pruneflow.importance import Context, Importance
+from pruneflow.importance import Context, Importance, needs_gradients
 from pruneflow.plan import pruned_count
 from pruneflow.processes import assemble, gather, is_sharded, local, own, whole
 from pruneflow.threshold import Elementwise, find_threshold, keep_masks, keep_parts, one_process
@@ -185,6 +185,7 @@ def compute_masks(
     scope: Scope = "global",
     masks: Mapping[str, Tensor] | None = None,
     round: int = 1,
+    gradients: Mapping[str, Tensor | None] | None = None,
 ) -> MaskSet:
     """Masks that keep the most important weights, exactly `round(sparsity * n)` pruned per group.
 
@@ -203,13 +204,15 @@ def compute_masks(
         scope: What competes together; see `resolve_scope`.
         masks: The masks so far, of any dtype, zero = pruned; None for none.
         round: The round, for importances that depend on it.
+        gradients: Qualified name -> gradient of the loss, for importances that need them.
 
     Returns:
         A mask for every tensor.
 
     Raises:
         ValueError: If `sparsity` is out of range or below what is already pruned, or weights are
-            not finite, or scores are NaN or of another shape than their weights.
+            not finite, or scores are NaN or of another shape than their weights, or gradients are
+            needed that are not there.
 
     Example:
         >>> from pruneflow import magnitude
@@ -219,7 +222,7 @@ def compute_masks(
         (tensor([ True, False]), tensor([ True, False]))
     """
     before = masks or {}
-    context = Context(round)
+    context = Context(round, _gradients(importance, gradients or {}, tensors))
     check_finite(tensors)
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     join = gather if sharded else one_process
@@ -255,6 +258,22 @@ def compute_masks(
         for name, part in zip(group, parts, strict=True):
             new[name] = assemble(part, tensors[name])
     return MaskSet({name: new[name] for name in tensors})
+
+
+def _gradients(
+    importance: Importance, found: Mapping[str, Tensor | None], names: Iterable[str]
+) -> dict[str, Tensor]:
+    if not needs_gradients(importance):
+        return {}
+    gradients = {name: gradient for name in names if (gradient := found.get(name)) is not None}
+    missing = [name for name in names if name not in gradients]
+    if missing:
+        raise ValueError(
+            "`importance` needs the gradient of the loss for every tensor to prune, but there is "
+            f"none for {', '.join(missing)}; prune after `loss.backward()` before they are "
+            "set to None, or `exclude` what the loss does not depend on"
+        )
+    return gradients
 
 
 def _scores(

@@ -157,6 +157,20 @@ class Plan:
         """Number of rounds that have to be done once epoch or step `position` starts."""
         return sum(1 for planned in self.rounds if planned.at <= position)
 
+    def check_start(self, present: float) -> None:
+        """Refuse to start from a sparsity that a round does not reach.
+
+        Raises:
+            ValueError: Naming the round.
+        """
+        for planned in self.rounds:
+            if planned.sparsity is not None and planned.sparsity < present:
+                raise ValueError(
+                    f"`schedule` is expected to start from the sparsity {present:.6g} that the "
+                    f"model has already, but round {planned.number} asks for {planned.sparsity:.6g}"
+                    "; pruned weights stay pruned, so let the first round ask for more"
+                )
+
     def table(self, weights: int) -> str:
         """Print the plan for a model with `weights` prunable weights."""
         header = ("round", f"at {self.unit}", "amount of the remaining", "sparsity", "weights kept")

@@ -91,6 +91,18 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(_exchange(tensor.cpu())).to(tensor.device)
 
 
+def average(gradients: Iterable[Tensor]) -> None:
+    """Put the mean over processes in place of each gradient; of sharded weights it is one already.
+
+    Every process has to call it, with gradients of the same shapes.
+    """
+    if dist.is_initialized():
+        for gradient in gradients:
+            if not is_sharded(gradient):
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether processes hold shards (or replicas) of the tensor that know of each other."""
     return isinstance(tensor, DTensor)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pruneflow.importance import Importance, magnitude
@@ -33,10 +33,10 @@ class Pruner:
 
     Args:
         model: The model; also in `DistributedDataParallel`, or sharded by `fully_shard`.
-        importance: Scores, higher = keep: `magnitude`, `Random(seed)`, `Given(scores)` or any
-            function `(name, tensor, context) -> scores`; or a `BasePruningMethod` of
-            `torch.nn.utils.prune`, as class (driven by `prune_to`) or instance (keeps its own
-            amount: `prune`).
+        importance: Scores, higher = keep: `magnitude`, `taylor` (after `loss.backward()`),
+            `Random(seed)`, `Given(scores)` or any function `(name, tensor, context) -> scores`; or
+            a `BasePruningMethod` of `torch.nn.utils.prune`, as class (driven by `prune_to`) or
+            instance (keeps its own amount: `prune`).
         scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
         include: What to prune; None for what is prunable by default. See `parameters.select`.
         exclude: What to leave out.
@@ -180,20 +180,30 @@ class Pruner:
             dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
             self.hold(MaskSet(masks | dense))
 
-    def prune_to(self, sparsity: float, *, round: int = 1) -> MaskSet:
+    def prune_to(
+        self,
+        sparsity: float,
+        *,
+        round: int = 1,
+        gradients: Mapping[str, Tensor | None] | None = None,
+    ) -> MaskSet:
         """Prune to a cumulative sparsity. Doing it again changes nothing.
 
         Args:
             sparsity: Cumulative fraction of the prunable weights to prune, in [0, 1).
             round: The round, for importances that depend on it (random ones).
+            gradients: Qualified name -> gradient of the loss, for importances that need them; None
+                for those that the last `backward()` has left in `.grad`.
 
         Returns:
             The masks that are now held.
 
         Raises:
             ValueError: If `sparsity` is out of range or below the present one, or weights are not
-                finite; then nothing is changed.
+                finite, or gradients are needed that are not there; then nothing is changed.
         """
+        if gradients is None:
+            gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         if not is_torch_method(self.importance):
             compute = partial(
                 compute_masks,
@@ -203,6 +213,7 @@ class Pruner:
                 scope=self.scope,
                 masks=self.masking.held,
                 round=round,
+                gradients=gradients,
             )
             return self._prune(compute)
         if keeps_own_amount(self.importance):

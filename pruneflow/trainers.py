@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
+from torch.utils.data import DataLoader
 
 from pruneflow.plan import Clock
 from pruneflow.rewinding import Schedulers
@@ -35,6 +39,35 @@ def training_length(
 def schedulers(trainer: L.Trainer) -> Schedulers:
     """The learning-rate schedulers of a fit."""
     return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
+    """The first batches of an epoch, ready for the model, without touching the training's own."""
+    module: Any = trainer.lightning_module
+    loader: Any = copy.copy(trainer.fit_loop._combined_loader)
+    generators = {
+        generator: generator.get_state()
+        for part in loader.flattened
+        for owner in (part, getattr(part, "sampler", None))
+        if (generator := getattr(owner, "generator", None)) is not None
+    }
+    loader.flattened = [_anew(part) for part in loader.flattened]
+    try:
+        for batch, _, _ in islice(loader, count):
+            batch = trainer.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        for generator, state in generators.items():
+            generator.set_state(state)
+
+
+def _anew(loader: Any) -> Any:
+    if isinstance(loader, DataLoader):
+        # Persistent workers serve one iteration at a time, which is the training's.
+        loader = copy.copy(loader)
+        loader._iterator = None
+    return loader
 
 
 def averaged_models(trainer: L.Trainer) -> Iterator[tuple[str, nn.Module]]:

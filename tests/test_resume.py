@@ -117,7 +117,7 @@ TINY = (
 OTHER = (
     *TINY,
     "masking=reparametrize",
-    "importance=random",
+    "importance=taylor",
     "optimizer=adamw",
     "lr_scheduler=multistep",
     "pruning.rewind=learning_rate",

@@ -69,6 +69,11 @@ class Classifier(LightningModule):
         logits: Tensor = self.network(images.contiguous(memory_format=self._memory_format))
         return logits
 
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss that is trained, of one batch, without logging or counting it."""
+        images, labels = batch
+        return cross_entropy(self(images), labels, label_smoothing=self._label_smoothing)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
         loss = self._step(self._train, batch, batch_idx)

@@ -9,9 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.utils import prune
-from training import Layers, fit, loader, make_trainer
+from training import Layers, Watch, fit, loader, make_trainer
 
-from pruneflow import MaskSet, PruningCallback, Random, magnitude, sparsity
+from pruneflow import (
+    Gradients,
+    MaskSet,
+    OneShot,
+    PruningCallback,
+    Random,
+    magnitude,
+    sparsity,
+    taylor,
+)
 
 
 def fit_unlike(*arguments, **settings):
@@ -25,8 +34,8 @@ def equal(one, two):
 
 @pytest.mark.parametrize(
     ("importance", "scope"),
-    [(magnitude, "global"), (prune.RandomUnstructured, "layer")],
-    ids=["magnitude", "random numbers of the process"],
+    [(magnitude, "global"), (prune.RandomUnstructured, "layer"), (taylor, "global")],
+    ids=["magnitude", "random numbers of the process", "gradients"],
 )
 def test_ddp_holds_equal_masks_and_weights_in_both(two, tmp_path, importance, scope):
     first, second = two(fit_unlike, tmp_path, importance, strategy="ddp", scope=scope)
@@ -36,6 +45,21 @@ def test_ddp_holds_equal_masks_and_weights_in_both(two, tmp_path, importance, sc
         assert run["sparsity"] == pytest.approx(0.8, abs=0.002)
         assert run["logged"]["sparsity"] == pytest.approx(run["sparsity"])
         assert not [text for text in run["warnings"] if "sparsity" in text]
+
+
+def prune_by_gradients(folder, strategy="auto"):
+    gradients = Gradients(Layers.loss, batches=4)
+    pruning = PruningCallback(OneShot(0.5), importance=taylor, gradients=gradients)
+    watch = Watch(pruning)
+    make_trainer(folder, [pruning, watch], strategy).fit(Layers(), loader(), loader())
+    return watch.end
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fully_shard"])
+def test_gradients_are_those_of_the_batches_of_all_processes(two, tmp_path, strategy):
+    alone = prune_by_gradients(tmp_path)  # 4 batches; of each process below, 2 and the same points
+    for found in two(prune_by_gradients, tmp_path, strategy):
+        equal(found, alone)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fully_shard"])

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pruneflow import PruningCallback
+from pruneflow import Gradients, PruningCallback
 
 
 class Layers(L.LightningModule):
@@ -31,6 +31,9 @@ class Layers(L.LightningModule):
             fully_shard(self.layers, mesh=mesh)
 
     def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def loss(self, batch):
         return nn.functional.softplus(-self.layers(batch[0])[:, 0] * batch[1]).mean()
 
     def validation_step(self, batch, batch_idx):
@@ -84,7 +87,13 @@ def make_trainer(folder, callbacks, strategy="auto"):
 
 def fit(folder, importance, *, strategy="auto", resume=None, scope="global"):
     """Prune at epochs 1, 2 and 3 of 4, a checkpoint each; returns what came of it."""
-    pruning = PruningCallback([0.4, 0.6, 0.8], importance=importance, scope=scope, start_epoch=1)
+    pruning = PruningCallback(
+        [0.4, 0.6, 0.8],
+        importance=importance,
+        gradients=Gradients(Layers.loss, batches=4),
+        scope=scope,
+        start_epoch=1,
+    )
     watch = Watch(pruning)
     model = Layers()
     trainer = make_trainer(folder, [pruning, watch], strategy)

@@ -34,7 +34,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from watching import Freeze, Overflow, Twin, Watch, hooks
 
-from pruneflow import Compounding, InPlace, PruningCallback, Reparametrize
+from pruneflow import Compounding, Gradients, InPlace, PruningCallback, Reparametrize, taylor
 
 
 @dataclass
@@ -115,6 +115,10 @@ class FirstEpoch(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
+def by_gradients():
+    return dict(importance=taylor, gradients=Gradients(lambda m, batch: m.training_step(batch, 0)))
+
+
 def search(kind=LearningRateFinder):
     return kind(1e-4, 0.1, num_training_steps=20)
 
@@ -151,6 +155,10 @@ WAYS = {
     "swa, batch norm, before": lambda: Way(normalised(), before=(swa(),)),
     "swa, batch norm, after": lambda: Way(normalised(), after=(swa(),)),
     "deepcopy": lambda: Way(mlp(), after=(Twin(),)),
+    "gradients": lambda: Way(mlp(), pruning=by_gradients()),
+    "gradients, bf16": lambda: Way(
+        mlp(), trainer=dict(precision="bf16-mixed"), pruning=by_gradients()
+    ),
     "tied": lambda: Way(
         Learner(Tied(), successors),
         pruning=dict(include=["network.body.*", "network.embedding.weight"]),
