@@ -235,20 +235,27 @@ class PruningCallback(L.Callback):
             self.plan.check_start(self.pruner.masks.sparsity)
         self._mask_averages(trainer)
         self._measure()
+        due = self._due(trainer)
+        if due - self.round > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"Rounds {self.round + 1} to {due} of the plan are due where this training begins, "
+                "so they are pruned at once; set `start_epoch` (or `start_step`) to where it begins"
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune if a round is due at this epoch; log the sparsity of the epoch."""
         if self.clock.unit == "epoch":
-            self._run_due_rounds(trainer, trainer.current_epoch)
+            self._run_due_rounds(trainer)
         self._log(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune if a round is due at this step."""
-        pruned = self.clock.unit == "step" and self._run_due_rounds(trainer, trainer.global_step)
-        # A training that resumes within an epoch does not start it, but has to log it.
-        if pruned or self._logged != trainer.current_epoch:
+        assert self.pruner is not None  # made when fit began
+        self.pruner.follow(trainer.optimizers)
+        # A training that resumes within an epoch does not start it, but has to prune and log.
+        if self._run_due_rounds(trainer) or self._logged != trainer.current_epoch:
             self._log(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -263,14 +270,19 @@ class PruningCallback(L.Callback):
         return {
             "version": VERSION,
             "round": self.round,
-            "method": method_state(self.importance, self.scope),
+            "method": method_state(self.importance, self.scope, self.rewind),
             "plan": self.plan.state() if self.plan else None,
             "masks": held.state() if held else self._masks,
             "learning_rate": self._learning_rate.state() if self._learning_rate else None,
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove: plain parameters with exact zeros."""
+        """Remove: plain parameters with exact zeros; say what was unfrozen too late."""
+        if self.pruner is not None and self.pruner.unfrozen:
+            rank_zero_warn(
+                f"{', '.join(self.pruner.unfrozen)} became trainable after the last round, hence "
+                "stayed dense; unfreeze before that, or let rounds follow"
+            )
         self._remove()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -294,9 +306,17 @@ class PruningCallback(L.Callback):
 
     # ---------------------------------------------------------------------------------------------
 
-    def _run_due_rounds(self, trainer: L.Trainer, position: int) -> bool:
+    def _due(self, trainer: L.Trainer) -> int:
+        assert self.plan is not None  # laid when fit began
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return len(self.plan.rounds)
+        return self.plan.due(
+            trainer.current_epoch if self.plan.unit == "epoch" else trainer.global_step
+        )
+
+    def _run_due_rounds(self, trainer: L.Trainer) -> bool:
         assert self.plan is not None and self.pruner is not None
-        due = len(self.plan.rounds) if trainer.fast_dev_run else self.plan.due(position)  # type: ignore[attr-defined]
+        due = self._due(trainer)
         if due <= self.round:
             return False
         self.pruner.admit()
@@ -371,7 +391,7 @@ class PruningCallback(L.Callback):
         check_state(
             state,
             self.plan.state(),
-            method_state(self.importance, self.scope),
+            method_state(self.importance, self.scope, self.rewind),
             longer_is_other=has_rounds(self.schedule),
         )
         self.round = state["round"]

@@ -138,6 +138,15 @@ class SparsityCheckpoint(ModelCheckpoint):
                 )
             super().on_validation_end(trainer, pl_module)
 
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        if self.monitor in candidates:
+            # Processes that compare, or name files by, metrics of their own would wait for ever.
+            candidates[self.monitor] = trainer.strategy.reduce(
+                candidates[self.monitor], reduce_op="mean"
+            )
+        return candidates
+
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         """Whether `current` is the best of the present round: Lightning's top 1 of each round."""
         self.best_k_models = self._best.setdefault(_round(trainer), {})

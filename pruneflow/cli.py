@@ -23,20 +23,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pruneflow.experiment import Experiment
+from pruneflow.deployment import Deployment
+from pruneflow.experiment import Experiment, drop_checkpoints
 from pruneflow.facts import Facts
-from pruneflow.report import summary
+from pruneflow.report import forms_summary, summary
 from pruneflow.resources import resource_dir
 
 _log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path=str(resource_dir("conf")), config_name="config")
-def _run(config: DictConfig) -> float:
+def _run(config: DictConfig) -> float | None:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     recipe = settings.runtime.choices["recipe"]
-    overrides = [shlex.quote(override) for override in settings.overrides.task]
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -45,10 +45,9 @@ def _run(config: DictConfig) -> float:
             _check_resumed(config, folder)
             if _is_finished(folder):
                 _log.info("Finished already: %s", folder)
+                drop_checkpoints(folder)  # a run killed just before it ended has left them
                 return _show(json.loads((folder / "report.json").read_text("utf-8")), folder)
-        experiment = Experiment(
-            config, folder, recipe, " ".join(["python -m pruneflow", *overrides])
-        )
+        job = _prepare(config, folder, recipe)
     except Timeout:
         sys.exit(
             f"pruneflow: `hydra.run.dir` is expected to be used by one run at a time, but another "
@@ -60,7 +59,21 @@ def _run(config: DictConfig) -> float:
         sys.exit(f"pruneflow: {cause}\n(in `{str(error).rpartition('full_key: ')[2]}`)")
     except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
         sys.exit(f"pruneflow: {error}")
-    return _show(experiment.run(), folder)
+    if isinstance(job, Experiment):
+        return _show(job.run(), folder)
+    rich.print(forms_summary(job.run()))
+    rich.print(f"Files: {folder}")
+    return None
+
+
+def _prepare(config: DictConfig, folder: Path, recipe: str) -> Experiment | Deployment:
+    """Build what the task needs, and refuse bad input."""
+    if config.task == "deploy":
+        return Deployment(config, folder)
+    if config.task != "prune":
+        raise ValueError(f"`task` is expected to be prune or deploy, but {config.task!r} came")
+    overrides = map(shlex.quote, HydraConfig.get().overrides.task)
+    return Experiment(config, folder, recipe, " ".join(["python -m pruneflow", *overrides]))
 
 
 def _show(facts: Facts, folder: Path) -> float:

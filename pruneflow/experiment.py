@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import nn
 from pruneflow import provenance
 from pruneflow.callback import PruningCallback
 from pruneflow.checkpoint_io import AtomicCheckpointIO, check_whole
+from pruneflow.delivery import deliver
+from pruneflow.deploy import Form
 from pruneflow.facts import Facts, FinishedRound
 from pruneflow.files import write_whole
 from pruneflow.gradients import Gradients
@@ -82,6 +85,7 @@ class Experiment:
         self.recipe = recipe
         self.command = command
         self.seconds: dict[str, float] = {}
+        self.test_batches = 0
         self.resume: bool = config.resume and (folder / "config.yaml").exists()
         for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
             check_whole(checkpoint)
@@ -140,7 +144,7 @@ class Experiment:
             if self.config.resume:
                 _log.info("No unfinished run to resume: a new one in %s", self.folder)
             (self.folder / "report.html").unlink(missing_ok=True)
-            self._drop_checkpoints()
+            drop_checkpoints(self.folder)
         weights = sum(slot.parameter.numel() for slot in self.selection.slots.values())
         table = self.plan.table(weights)
         _log.info("Plan:\n%s", table)
@@ -157,9 +161,11 @@ class Experiment:
             dense_accuracies, _ = self._evaluate(dense)
             accuracies, per_class = self._evaluate(self.network)
         save_network(self.network, self.folder / "model.safetensors")
-        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, per_class)
+        with self._timed("deliver"):
+            forms = self._deliver(dense)
+        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, per_class, forms)
         write_report(self.folder, facts, rows)
-        self._drop_checkpoints()
+        drop_checkpoints(self.folder)
         return facts
 
     # -- stages -----------------------------------------------------------------------------------
@@ -223,7 +229,21 @@ class Experiment:
         trainer = self._trainer(0, 1, enable_progress_bar=False)
         validated = trainer.validate(classifier, datamodule=self.data, verbose=False)[0]
         tested = trainer.test(classifier, datamodule=self.data, verbose=False)[0]
+        self.test_batches = int(trainer.num_test_batches[0])
         return {**validated, **tested}, classifier.test_per_class
+
+    def _deliver(self, dense: nn.Module) -> list[Form]:
+        settings = self.config.deploy
+        if settings.batches:
+            _log.info("Measuring what each form of the model is worth")
+        return deliver(
+            dense,
+            self.network,
+            islice(self.data.test_dataloader(), self.test_batches),
+            self.folder,
+            batches=settings.batches,
+            threads=settings.threads,
+        )
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -271,10 +291,6 @@ class Experiment:
         path = self._checkpoint(stage)
         return path if self.resume and path.exists() else None
 
-    def _drop_checkpoints(self) -> None:
-        for path in (self.folder / "checkpoints").glob("*.ckpt"):
-            path.unlink()
-
     def _dense_key(self) -> str:
         names = ("model", "data", "optimizer", "lr_scheduler", "classifier", "trainer", "seed")
         resolved: Any = OmegaConf.to_container(self.config, resolve=True)
@@ -302,6 +318,7 @@ class Experiment:
         dense: dict[str, float],
         final: dict[str, float],
         per_class: list[float],
+        forms: list[Form],
     ) -> Facts:
         weight = next(self.network.parameters())
         example = weight.new_zeros(1, *self.data.image_shape)
@@ -357,6 +374,7 @@ class Experiment:
                 "theoretical_speedup": report.theoretical_speedup or 1.0,
                 "dense_bytes": (self.folder / "checkpoints/dense.safetensors").stat().st_size,
                 "model_bytes": (self.folder / "model.safetensors").stat().st_size,
+                "packed_bytes": (self.folder / "model.packed").stat().st_size,
             },
             "layers": [
                 {
@@ -367,9 +385,16 @@ class Experiment:
                 }
                 for layer in report.layers
             ],
+            "forms": forms,
             "seconds": self.seconds,
             "frozen": list(self.selection.frozen),
         }
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints in a run folder, which a finished run has no use for."""
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        path.unlink()
 
 
 def save_network(network: nn.Module, path: Path, rows: list[Row] | None = None) -> None:

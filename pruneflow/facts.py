@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from pruneflow.deploy.forms import Form
+
 
 class PlannedRound(TypedDict):
     """One line of the plan; None where the sparsity is not known ahead."""
@@ -44,7 +46,7 @@ class Final(TypedDict):
 
 
 class Size(TypedDict):
-    """Counts over all parameters; multiply-adds for one sample; bytes of model.safetensors."""
+    """Counts over all parameters; multiply-adds for one sample; bytes of the files."""
 
     parameters: int
     remaining: int
@@ -54,6 +56,7 @@ class Size(TypedDict):
     theoretical_speedup: float
     dense_bytes: int
     model_bytes: int
+    packed_bytes: int
 
 
 class Layer(TypedDict):
@@ -86,5 +89,6 @@ class Facts(TypedDict):
     final: Final
     size: Size
     layers: list[Layer]
+    forms: list[Form]  # empty where none were asked for
     seconds: dict[str, float]  # stage -> wall time
     frozen: list[str]  # tensors left out because they do not train

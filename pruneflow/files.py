@@ -33,7 +33,11 @@ def write_whole(path: Path) -> Iterator[Path]:
     # The suffix stays last: savers such as matplotlib choose the format by it.
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # that of any new file; safetensors lets nobody else read
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from pruneflow.parameters import locate
-from pruneflow.processes import average
+from pruneflow.processes import average_gradients
 from pruneflow.trainers import training_batches
 
 
@@ -61,7 +61,7 @@ class Gradients:
         try:
             with isolate_rng():
                 self._differentiate(trainer)
-            average(parameter.grad for parameter in parameters if parameter.grad is not None)
+            average_gradients(parameters)
             return {name: slot.parameter.grad for name, slot in locate(pl_module).items()}
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -24,8 +24,9 @@ def fold(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Give a `state_dict` the plain model's keys: `weight_orig` and `weight_mask` become `weight`.
 
     Pruned weights become exactly +0.0. Load it into the plain model and train with
-    `from_zeros=True` to hold them. What is no such pair stays: a model already folded, or a buffer
-    that happens to end in `_mask`.
+    `from_zeros=True` to hold them, those that `include` selects: ModelPruning prunes biases as well
+    unless told otherwise, so name them, `include=["*.weight", "*.bias"]`. What is no such pair
+    stays: a model already folded, or a buffer that happens to end in `_mask`.
 
     Args:
         state_dict: That of a model under `torch.nn.utils.prune`, or what a Lightning checkpoint has

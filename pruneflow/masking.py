@@ -122,10 +122,12 @@ class InPlace:
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks."""
+        self._after_step()  # something other than an optimizer may have moved weights since
         for handle in self._handles:
             handle.remove()
         self._held, self._handles = {}, []
 
+    @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         for parameter, bits in self._held.values():
             _clear(parameter, bits)

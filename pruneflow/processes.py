@@ -9,7 +9,7 @@ entry once. What the parts have to agree on goes through `gather`.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -91,16 +91,20 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(_exchange(tensor.cpu())).to(tensor.device)
 
 
-def average(gradients: Iterable[Tensor]) -> None:
-    """Put the mean over processes in place of each gradient; of sharded weights it is one already.
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Put the mean over processes in place of every `.grad`; of sharded weights it is one already.
 
-    Every process has to call it, with gradients of the same shapes.
+    Every process has to call it. Where some of them have no gradient, it counts as zero there.
     """
-    if dist.is_initialized():
-        for gradient in gradients:
-            if not is_sharded(gradient):
-                dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
+    if not dist.is_initialized():
+        return
+    has = torch.tensor([[parameter.grad is not None for parameter in parameters]])
+    for parameter, anywhere in zip(parameters, gather(has).any(0), strict=True):
+        if anywhere and not is_sharded(parameter):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
 
 
 def is_sharded(tensor: Tensor) -> bool:

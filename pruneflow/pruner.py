@@ -136,7 +136,7 @@ class Pruner:
             )
         elif optimizers:
             _check_held(self._parameters, optimizers)
-        self._optimizers = optimizers or []
+        self._optimizers = list(optimizers or ())
         self._attached = False
 
     @property
@@ -148,6 +148,12 @@ class Pruner:
     def weights(self) -> int:
         """Number of prunable weights."""
         return sum(parameter.numel() for parameter in self._parameters.values())
+
+    @property
+    def unfrozen(self) -> tuple[str, ...]:
+        """Names of the frozen tensors that are trained by now, and that the next round takes in."""
+        slots = locate(self.model)
+        return tuple(name for name in self.frozen if slots[name].parameter.requires_grad)
 
     @property
     def masks(self) -> MaskSet:
@@ -179,6 +185,21 @@ class Pruner:
             self.remove()
             dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
             self.hold(MaskSet(masks | dense))
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Hold the zeros through these optimizers from now on, if the training has made new ones.
+
+        Raises:
+            ValueError: If a tensor to prune is in none of them.
+        """
+        if list(map(id, optimizers)) == list(map(id, self._optimizers)):
+            return
+        _check_held(self._parameters, optimizers)
+        masks = self.masks
+        self._optimizers = list(optimizers)
+        if masks:
+            self.remove()
+            self.hold(masks)
 
     def prune_to(
         self,

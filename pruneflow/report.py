@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from pruneflow.deploy.forms import Form, table
 from pruneflow.facts import Facts
 from pruneflow.files import write_whole
 from pruneflow.plots import accuracy_figure, density_figure, rounds_figure, sparsity_text
@@ -129,6 +130,12 @@ def _before_and_after(facts: Facts) -> Section:
                 _count(size["model_bytes"]),
                 "" if smaller else "zeros are stored; the file is not smaller",
             ),
+            (
+                "model.packed, bytes",
+                _count(size["dense_bytes"]),
+                _count(size["packed_bytes"]),
+                f"{size['dense_bytes'] / size['packed_bytes']:.1f}× smaller",
+            ),
         ),
         note="The theoretical speed-up counts multiply-adds that remain; it is no measured time.",
     )
@@ -226,6 +233,20 @@ def _origin(facts: Facts) -> Section:
     )
 
 
+def _forms(forms: Sequence[Form]) -> Section:
+    header, *rows = table(forms)
+    return Section(
+        title="What is handed over",
+        header=header,
+        rows=tuple(rows),
+        note=(
+            "Each form is built from its file and measured on the CPU: latencies in turns in one "
+            "process, peak memory in a process of its own, accuracy on the test set. In brackets: "
+            "the dense network in PyTorch divided by this form; more than 1 is better."
+        ),
+    )
+
+
 def _document(facts: Facts) -> Document:
     verdict, explanation, reached = _verdict(facts)
     per_class = zip(facts["classes"], facts["final"]["test_per_class"], strict=True)
@@ -236,6 +257,7 @@ def _document(facts: Facts) -> Document:
         reached=reached,
         sections=(
             _before_and_after(facts),
+            *([_forms(facts["forms"])] if facts["forms"] else []),
             _rounds(facts),
             Section(
                 title="Plots",
@@ -334,14 +356,21 @@ def summary(facts: Facts) -> RichTable:
         `rich.print(summary(facts))`
     """
     document = _document(facts)
-    section = document.sections[0]
-    table = RichTable(
-        title=Text(document.title),
-        caption=Text(f"{document.verdict} {document.explanation}"),
-        caption_justify="left",
+    return _printed(
+        document.sections[0], document.title, f"{document.verdict} {document.explanation}"
     )
+
+
+def forms_summary(forms: Sequence[Form]) -> RichTable:
+    """Build the table of forms that `task=deploy` prints at its end with rich."""
+    section = _forms(forms)
+    return _printed(section, section.title, section.note)
+
+
+def _printed(section: Section, title: str, caption: str) -> RichTable:
+    printed = RichTable(title=Text(title), caption=Text(caption), caption_justify="left")
     for index, name in enumerate(section.header):
-        table.add_column(name, justify="right" if section.numeric(index) else "left")
+        printed.add_column(name, justify="right" if section.numeric(index) else "left")
     for row in section.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+        printed.add_row(*(Text(cell) for cell in row))
+    return printed

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+from torch.nn.utils import prune
 
 from pruneflow.importance import Random
 from pruneflow.masks import Scope
 
-VERSION = 2
+VERSION = 3
 """Of the state that PruningCallback stores."""
 
 
@@ -51,16 +54,35 @@ def check_state(
         )
 
 
-def method_state(importance: Any, scope: Scope) -> dict[str, str]:
+def method_state(importance: Any, scope: Scope, rewind: str | None = None) -> dict[str, str]:
     """The method in words, to be stored and compared.
 
     Example:
         >>> method_state(Random(seed=3), "global")
-        {'importance': 'Random(seed=3)', 'scope': 'global'}
+        {'importance': 'Random(seed=3)', 'scope': 'global', 'rewind': 'None'}
+        >>> method_state(prune.L1Unstructured(amount=0.2), "layer")["importance"]
+        'L1Unstructured(amount=0.2)'
     """
-    if not isinstance(importance, Random):  # its repr holds the seed and nothing else
-        importance = getattr(importance, "__qualname__", None) or type(importance).__qualname__
-    return {"importance": str(importance), "scope": str(scope)}
+    return {"importance": _named(importance), "scope": str(scope), "rewind": str(rewind)}
+
+
+def _named(importance: Any) -> str:
+    """Its name, and those of its settings that are plain values."""
+    if isinstance(importance, Random):
+        return repr(importance)
+    if isinstance(importance, partial):
+        settings: dict[Any, Any] = {**dict(enumerate(importance.args)), **importance.keywords}
+        return f"{_named(importance.func)}({_plain(settings)})"
+    name = getattr(importance, "__qualname__", None) or type(importance).__qualname__
+    if isinstance(importance, prune.BasePruningMethod):
+        settings = {k: v for k, v in vars(importance).items() if not k.startswith("_")}
+        return f"{name}({_plain(settings)})"
+    return str(name)
+
+
+def _plain(settings: Mapping[Any, Any]) -> str:
+    plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
+    return ", ".join(f"{key}={value!r}" for key, value in plain.items())
 
 
 def _same_plan(one: Mapping[str, Any], other: Mapping[str, Any], longer_is_other: bool) -> bool:

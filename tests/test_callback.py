@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+from functools import partial
 
 import lightning as L
 import pytest
@@ -321,7 +322,7 @@ def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_
     checkpoint = torch.load(path)
     next(iter(checkpoint["callbacks"].values()))["version"] = 99
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="version 2, but 99 came"):
+    with pytest.raises(ValueError, match="version 3, but 99 came"):
         trainer(PruningCallback(Linear(0.9, 2))).fit(type(model)(), batches, ckpt_path=path)
 
 
@@ -472,3 +473,89 @@ def test_warns_beside_callbacks_that_may_choose_a_denser_model(model, batches, t
     plain = type(model)()
     plain.load_state_dict(torch.load(ours.best_model_path, weights_only=True)["state_dict"])
     assert sparsity(plain) == 0.9
+
+
+class SetUpAnew(L.Callback):
+    """A second stage of training: new optimizers, of which nobody has told the callback."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            trainer.strategy.setup_optimizers(trainer)
+
+
+@both
+@pytest.mark.parametrize("order", [1, -1])
+def test_zeros_hold_through_optimizers_that_the_training_has_made_anew(
+    model, batches, trainer, masking, order
+):
+    pruning = PruningCallback([0.3, 0.6, 0.9], start_epoch=1, masking=masking())
+    watch = Watch()
+    trainer(*[SetUpAnew(), pruning][::order], watch).fit(model, batches)
+    assert watch.seen == [0, 0.3, 0.6, 0.9, 0.9, 0.9]
+    assert sparsity(model) == 0.9
+
+
+@both
+def test_ends_with_exact_zeros_whatever_moved_the_weights_last(model, batches, trainer, masking):
+    class Noise(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            for parameter in pl_module.parameters():
+                parameter.data += 1e-3
+
+    trainer(PruningCallback(OneShot(0.9), masking=masking()), Noise()).fit(model, batches)
+    assert sparsity(model) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        (dict(rewind=None), dict(rewind="learning_rate")),
+        (dict(rewind="learning_rate"), dict(rewind=None)),
+        (
+            dict(schedule=3, importance=prune.L1Unstructured(0.5)),
+            dict(schedule=3, importance=prune.L1Unstructured(0.2)),
+        ),
+        (
+            dict(importance=partial(prune.LnStructured, n=1, dim=0), scope="layer"),
+            dict(importance=partial(prune.LnStructured, n=1, dim=1), scope="layer"),
+        ),
+    ],
+)
+def test_refuses_to_resume_with_other_settings_of_a_method(
+    model, batches, trainer, tmp_path, saved, resumed
+):
+    fit = trainer(PruningCallback(**(dict(schedule=[0.3, 0.6, 0.9]) | saved)), max_epochs=3)
+    fit.fit(model, batches)
+    fit.save_checkpoint(tmp_path / "three.ckpt")
+    other = PruningCallback(**(dict(schedule=[0.3, 0.6, 0.9]) | resumed))
+    with pytest.raises(ValueError, match="expected to come from the same method"):
+        trainer(other).fit(type(model)(), batches, ckpt_path=tmp_path / "three.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_dense_checkpoint_of_any_moment_goes_on_to_be_pruned(model, batches, trainer, tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (2, 1):
+                trainer.save_checkpoint(tmp_path / "dense.ckpt")
+
+    trainer(Save(), max_epochs=3).fit(model, batches)
+    watch = Watch()
+    trainer(PruningCallback(OneShot(0.9), start_epoch=2), watch, max_epochs=3).fit(
+        type(model)(), batches, ckpt_path=tmp_path / "dense.ckpt"
+    )
+    assert watch.seen == [0.9]
+    late = PruningCallback([0.3, 0.6, 0.9])
+    with pytest.warns(UserWarning, match="Rounds 1 to 3 of the plan are due .* pruned at once"):
+        trainer(late).fit(type(model)(), batches, ckpt_path=tmp_path / "dense.ckpt")
+
+
+def test_what_is_unfrozen_after_the_last_round_is_said_to_be_dense(model, batches, trainer):
+    class Unfreeze(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            pl_module.body.requires_grad_(trainer.current_epoch >= 3)
+
+    model.body.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"body\.weight became trainable after the last round"):
+        trainer(PruningCallback([0.5, 0.9]), Unfreeze()).fit(model, batches)
+    assert sparsity(model, include=["head.*"]) == 0.9

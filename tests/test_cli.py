@@ -8,23 +8,27 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pruneflow.models import small_cnn
 
-QUICK = ("dense.epochs=2", "pruning.epochs=3", "schedule.rounds=3", "trainer.accelerator=cpu")
+QUICK = (
+    "dense.epochs=2",
+    "pruning.epochs=3",
+    "schedule.rounds=3",
+    "trainer.accelerator=cpu",
+    "deploy.batches=[]",
+)
+
+
+COMMAND = (sys.executable, "-m", "pruneflow")
 
 
 def pruneflow(*arguments, cwd, check=True):
-    run = subprocess.run(
-        [sys.executable, "-m", "pruneflow", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = forked.run(*arguments, cwd=cwd)
     if check and run.returncode:
         pytest.fail(run.stdout + run.stderr)
     return run
@@ -34,7 +38,9 @@ def pruneflow(*arguments, cwd, check=True):
 def finished(tmp_path_factory):
     """The folder of a finished run, and what it printed."""
     cwd = tmp_path_factory.mktemp("cli")
-    run = pruneflow(*QUICK, "hydra.run.dir=run", cwd=cwd)
+    command = [*COMMAND, *QUICK, "hydra.run.dir=run"]
+    run = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
     return cwd / "run", run.stdout
 
 
@@ -50,6 +56,7 @@ def test_the_run_folder(finished):
         "plan.txt",
         "metrics.csv",
         "checkpoints/dense.safetensors",
+        "model.packed",
         "model.safetensors",
         "report.json",
         "report.md",
@@ -154,6 +161,7 @@ def test_a_remainder_of_epochs_trains_at_a_learning_rate_and_bfloat16_works(tmp_
         "pruning.epochs=7",
         "pruning.rewind=learning_rate",
         "trainer.precision=bf16-true",
+        "deploy.batches=[2]",
         "hydra.run.dir=run",
         cwd=tmp_path,
     )
@@ -168,6 +176,7 @@ def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):
     pruneflow(
         "dense.epochs=1",
         "pruning.epochs=2200",
+        "deploy.batches=[]",
         "+trainer.max_time=00:00:00:04",
         "hydra.run.dir=run",
         cwd=tmp_path,
@@ -204,6 +213,41 @@ def test_starts_from_given_weights_without_a_dense_phase(tmp_path, finished):
     assert report["plan"][0]["at"] == 0
 
 
+def test_what_a_run_killed_at_its_very_end_has_left_is_deleted(finished):
+    folder, _ = finished
+    (folder / "checkpoints" / "rounds.ckpt").write_bytes(b"large")
+    run = pruneflow(*QUICK, "hydra.run.dir=run", "resume=true", cwd=folder.parent)
+    assert "Finished already" in run.stdout
+    assert not list(folder.rglob("*.ckpt"))
+
+
+def test_the_forms_of_a_checkpoint(tmp_path, finished):
+    folder, _ = finished
+    run = pruneflow(
+        "task=deploy",
+        f"checkpoint={folder / 'model.packed'}",
+        f"dense.weights={folder / 'checkpoints' / 'dense.safetensors'}",
+        "deploy.batches=[1,3]",
+        "hydra.run.dir=forms",
+        cwd=tmp_path,
+    )
+    forms = json.loads((tmp_path / "forms" / "forms.json").read_text())
+    names = [form["name"] for form in forms]
+    assert names[0] == "dense"
+    assert {"packed", "shrunk", "sparse runtime"} <= set(names)
+    report = facts(folder)
+    for form in forms:
+        assert form["note"] == "", form
+        stage = "dense" if form["name"].startswith("dense") else "final"
+        assert form["accuracy"] == pytest.approx(report[stage]["test_accuracy"], abs=0.003)
+        assert set(form["seconds"]) == {"1", "3"}
+        assert form["bytes"] > 0 and form["peak_bytes"] > 0
+    assert (tmp_path / "forms" / "forms.md").read_text().count("\n") == len(forms) + 2
+    for file in ("model.packed", "shrunk.safetensors", "shrunk.onnx"):
+        assert (tmp_path / "forms" / file).stat().st_size > 0
+    assert "What is handed over" in run.stdout
+
+
 def test_help_and_cfg(tmp_path):
     shown = pruneflow("--help", cwd=tmp_path).stdout
     for word in ("resnet18_cifar10_short", "schedule: compounding, cubic", "pruning:"):
@@ -230,6 +274,10 @@ def test_help_and_cfg(tmp_path):
         (["trainer.devices=2"], "`trainer.devices` is expected to be 1"),
         (["pruning.optimizer_state=forget"], "`optimizer_state` is expected to be"),
         (["recipe=resnet"], "resnet18_cifar10_short"),
+        (["task=deploy"], "`checkpoint` is expected to name the pruned weights"),
+        (["task=deploy", "checkpoint=nowhere.pt"], "'nowhere.pt' is expected to be a file"),
+        (["task=deploy", "checkpoint=nowhere.packed"], "'nowhere.packed' is expected to be a file"),
+        (["task=compare"], "`task` is expected to be prune or deploy, but 'compare' came"),
         (["schedule=cubik"], "one_shot"),
         (["pruning.epoch=3"], "pruning.epoch"),
     ],
@@ -263,12 +311,12 @@ def test_a_misspelt_key_in_a_users_recipe_is_refused_with_near_names(tmp_path):
     (recipes / "good.yaml").write_text(
         text.replace("prunning", "pruning").replace("epoch:", "epochs:")
     )
-    pruneflow("--config-dir", "mine", "recipe=good", "schedule.rounds=3", cwd=tmp_path)
+    pruneflow("--config-dir", "mine", "recipe=good", *QUICK[2:], cwd=tmp_path)
 
 
 def test_a_killed_run_leaves_no_half_written_file_and_resumes_to_the_same_end(tmp_path, finished):
     process = subprocess.Popen(
-        [sys.executable, "-m", "pruneflow", "hydra.run.dir=run", *QUICK],
+        [*COMMAND, "hydra.run.dir=run", *QUICK],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -25,6 +25,16 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["report.json"]
 
 
+def test_whoever_may_read_a_new_file_may_read_it(tmp_path):
+    (tmp_path / "any").touch()
+    for _ in range(2):  # the second replaces what somebody made private
+        with write_whole(tmp_path / "model.safetensors") as path:
+            path.write_text("weights")
+            path.chmod(0o600)
+        assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+        (tmp_path / ".model.partial.safetensors").touch(0o600)  # left by a killed writer
+
+
 def test_who_reads_the_old_file_goes_on_reading_it_whole(tmp_path):
     target = tmp_path / "report.json"
     target.write_text("old")

@@ -98,8 +98,8 @@ def test_runs_for_a_few_batches(composed, recipe, pictures, tmp_path):
     if recipe != "digits":
         overrides += ["data=image_folder", f"data.root={pictures}", "data.batch_size=8"]
     limits = [f"++trainer.limit_{split}_batches=1" for split in ("train", "val", "test")]
-    quiet = "++trainer.enable_progress_bar=false"
-    config = composed(*overrides, *limits, quiet, "trainer.accelerator=cpu")
+    quiet = ("++trainer.enable_progress_bar=false", "deploy.batches=[]")
+    config = composed(*overrides, *limits, *quiet, "trainer.accelerator=cpu")
     facts = Experiment(config, tmp_path, recipe, "a test").run()
     assert facts["final"]["sparsity"] == pytest.approx(facts["target"], abs=1e-3)
     assert len(facts["rounds"]) == len(facts["plan"])

@@ -13,7 +13,7 @@ import rich.console
 from matplotlib.figure import Figure
 
 from pruneflow.plots import accuracy_figure, density_figure, rounds_figure
-from pruneflow.report import summary, write_report
+from pruneflow.report import forms_summary, summary, write_report
 
 FILES = ["plots/accuracy.png", "plots/density.png", "plots/rounds.png"]
 FILES = sorted(["report.html", "report.json", "report.md", *FILES])
@@ -76,11 +76,13 @@ def make_facts(target=0.75, planned=2, run=2):
             "theoretical_speedup": 2.6453,
             "dense_bytes": 16888,
             "model_bytes": 16888,
+            "packed_bytes": 4222,
         },
         "layers": [
             {"name": name, "shape": list(shape), "weights": math.prod(shape), "zeros": zeros[name]}
             for name, shape in weights.items()
         ],
+        "forms": [],
         "seconds": {"dense": 725.0, "rounds": 3725.0, "test": 1.25},
         "frozen": [],
     }
@@ -206,6 +208,7 @@ def test_first_two_tables_to_the_letter(tmp_path):
             "16,888",
             "zeros are stored; the file is not smaller",
         ],
+        ["model.packed, bytes", "16,888", "4,222", "4.0× smaller"],
     ]
     first = ["50.00 %", "50.00 %", "2,036", "50.00 %", "2,036", "70.00 %", "93.90 %"]
     second = ["50.00 %", "75.00 %", "1,018", "75.00 %", "1,018", "50.00 %", "92.80 %"]
@@ -214,6 +217,24 @@ def test_first_two_tables_to_the_letter(tmp_path):
         ["1", "3", *first],
         ["2", "5", *second],
     ]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_what_is_handed_over_is_a_table_of_forms(tmp_path):
+    facts = make_facts()
+    dense = {"name": "dense", "bytes": 4_000_000, "peak_bytes": 9_000_000, "throughput": 1234.5}
+    dense |= {"seconds": {"1": 0.004}, "speedup": {"1": 1.0}, "accuracy": 0.9467, "note": ""}
+    packed = dense | {"name": "packed", "bytes": 80_000, "accuracy": 0.9213}
+    markdown, page = write(tmp_path, facts | {"forms": [dense, packed]})
+    header, *rows = markdown_tables(markdown)[1]
+    assert [header, *rows] == html_tables(page)[1]
+    assert header[:4] == ["form", "file, MB", "peak memory, MB", "batch 1, ms"]
+    assert rows[0][:4] == ["dense", "4 (1.00×)", "9 (1.00×)", "4 (1.00×)"]
+    assert rows[1][1] == "0.08 (50.0×)"
+    assert rows[1][5] == "92.13 %"
+    assert rows[1][6] == "No gain here in speed."
+    printed = forms_summary([dense, packed])
+    assert [str(column.header) for column in printed.columns] == header
 
 
 @pytest.mark.parametrize(

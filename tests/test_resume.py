@@ -113,6 +113,7 @@ TINY = (
     "model.width=8",
     "data.batch_size=16",
     "data.crop_padding=1",
+    "deploy.batches=[]",
 )
 OTHER = (
     *TINY,

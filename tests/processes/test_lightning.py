@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -17,6 +18,7 @@ from pruneflow import (
     OneShot,
     PruningCallback,
     Random,
+    SparsityCheckpoint,
     magnitude,
     sparsity,
     taylor,
@@ -78,6 +80,28 @@ def test_a_checkpoint_resumes_in_another_number_of_processes(two, tmp_path, stra
     for run in resumed:
         assert run["start"][0] == 2
         assert MaskSet.from_state(run["start"][1]).sparsity == pytest.approx(0.6, abs=0.002)
+
+
+class Scored(Layers):
+    """Each process measures something else, and Lightning is not told to make one of it."""
+
+    def validation_step(self, batch, batch_idx):
+        worse_at_first = dist.get_rank() * (self.current_epoch < 2)
+        self.log("score", self.loss(batch) + worse_at_first)
+
+
+def keep_the_best(folder):
+    pruning = PruningCallback([0.4, 0.8], start_epoch=1)
+    best = SparsityCheckpoint(dirpath=folder, monitor="score")
+    with warnings.catch_warnings(action="ignore"):  # Lightning's own, that processes differ
+        make_trainer(folder, [pruning, best], "ddp").fit(Scored(), loader(), loader())
+    return best.best_model_path, float(best.best_model_score)
+
+
+def test_the_best_checkpoint_is_the_same_in_both_though_their_metrics_differ(two, tmp_path):
+    first, second = two(keep_the_best, tmp_path)
+    assert first == second
+    assert Path(first[0]).exists()
 
 
 class StopsOnce(L.Callback):

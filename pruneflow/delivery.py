@@ -1,0 +1,52 @@
+"""What a run hands over beside its weights: the packed file, and what each form of it is worth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pruneflow.deploy import save_packed
+from pruneflow.deploy.building import Run
+from pruneflow.deploy.forms import Form, measure_forms
+
+
+def deliver(
+    dense: nn.Module,
+    pruned: nn.Module,
+    test: Iterable[tuple[Tensor, Tensor]],
+    folder: Path,
+    *,
+    batches: Sequence[int],
+    threads: int | None,
+) -> list[Form]:
+    """Write `model.packed` and the other forms of a classifier; measure each on the CPU.
+
+    Args:
+        dense: The network before pruning.
+        pruned: The network with exact zeros.
+        test: Batches of images (B, C, H, W) and labels (B,), on any device.
+        folder: Where the files go.
+        batches: Batch sizes to time; with none of them, only `model.packed` is written.
+        threads: Threads of every form; None takes PyTorch's.
+
+    Returns:
+        The forms, as `measure_forms` has them.
+    """
+    if not batches:
+        save_packed(pruned.state_dict(), folder / "model.packed")
+        return []
+    tested = [(images.cpu().float(), labels.cpu()) for images, labels in test]
+
+    def accuracy(run: Run) -> float:
+        right = sum(int((run(images).argmax(1) == labels).sum()) for images, labels in tested)
+        return right / sum(len(labels) for _, labels in tested)
+
+    # Of a network in halves, which few CPUs are made for, float32 is what is measured.
+    dense, pruned = (copy.deepcopy(network).float() for network in (dense, pruned))
+    example = tested[0][0][:1].float()
+    return measure_forms(
+        dense, pruned, example, folder, evaluate=accuracy, batches=batches, threads=threads
+    )

@@ -1,0 +1,173 @@
+"""Build the forms of a pruned model that `forms` measures, each from the file handed over."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from pruneflow.deploy.extras import INSTALL
+from pruneflow.deploy.onnx import OnnxModel, export_onnx, mismatch
+from pruneflow.deploy.packed import load_packed, save_packed
+from pruneflow.deploy.runtime import sparse_compile
+from pruneflow.deploy.shrink import shrink
+from pruneflow.files import write_whole
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A form that runs.
+
+    Args:
+        run: From a batch to outputs.
+        bytes: Of its file.
+        source: What a fresh process loads to run the same: a module to pickle, or the file.
+        layout: Memory format that batches are brought into.
+    """
+
+    run: Run
+    bytes: int
+    source: nn.Module | Path
+    layout: torch.memory_format = torch.contiguous_format
+
+    @classmethod
+    def in_pytorch(
+        cls,
+        network: nn.Module,
+        layout: torch.memory_format,
+        file: Path | None = None,
+        source: Path | None = None,
+    ) -> Built:
+        """A network, run by PyTorch itself."""
+        return cls(
+            lambda batch: network(batch.contiguous(memory_format=layout)),
+            file.stat().st_size if file else 0,
+            source or network,
+            layout,
+        )
+
+    @classmethod
+    def in_onnx_runtime(cls, network: nn.Module, example: Tensor, file: Path) -> Built:
+        """A network as an ONNX file."""
+        export_onnx(network, example, file)
+        model = OnnxModel(file, torch.get_num_threads())
+        return cls(model, file.stat().st_size, file)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What the forms are built from.
+
+    Args:
+        dense: The model before pruning.
+        pruned: The model with exact zeros.
+        example: A batch of one.
+        folder: Gets the files that are handed over.
+        scratch: Gets those that are only weighed.
+        layout: Memory format that PyTorch runs images in.
+    """
+
+    dense: nn.Module
+    pruned: nn.Module
+    example: Tensor
+    folder: Path
+    scratch: Path
+    layout: torch.memory_format
+
+    def build(self) -> tuple[dict[str, Built], dict[str, str]]:
+        """Build all forms: those that run and compute the right outputs, and a note on each."""
+        built: dict[str, Built] = {}
+        notes: dict[str, str] = {}
+        for name, model, build in (
+            ("dense", self.dense, self._dense),
+            ("dense, ONNX Runtime", self.dense, self._dense_onnx),
+            ("plain zeros", self.pruned, self._zeros),
+            ("packed", self.pruned, self._packed),
+            ("shrunk", self.pruned, self._shrunk),
+            ("shrunk, ONNX Runtime", self.pruned, self._shrunk_onnx),
+            ("sparse runtime", self.pruned, self._sparse),
+        ):
+            try:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("ignore")
+                    warnings.filterwarnings("always", module=r"pruneflow\.deploy")
+                    form = build()
+                    with torch.no_grad():
+                        wrong = mismatch(model(self.example), form.run(self.example))
+            except ImportError as error:
+                notes[name] = f"needs {INSTALL}" if INSTALL in str(error) else str(error)
+            except Exception as error:  # the table of a finished run must not end it
+                if name == "dense":
+                    raise
+                notes[name] = str(error) or type(error).__name__
+            else:
+                notes[name] = " ".join(dict.fromkeys(str(warning.message) for warning in said))
+                if wrong is None:
+                    built[name] = form
+                else:
+                    notes[name] = f"Not measured: its outputs are {wrong}."
+        return built, notes
+
+    def _dense(self) -> Built:
+        return self._in_pytorch(self.dense, self.scratch / "dense.safetensors")
+
+    def _dense_onnx(self) -> Built:
+        return Built.in_onnx_runtime(self.dense, self.example, self.scratch / "dense.onnx")
+
+    def _zeros(self) -> Built:
+        return self._in_pytorch(self.pruned, self.scratch / "zeros.safetensors")
+
+    def _packed(self) -> Built:
+        network = self._laid_out(self.pruned)
+        network.load_state_dict(load_packed(self._packed_file))
+        return Built.in_pytorch(network, self.layout, self._packed_file)
+
+    def _shrunk(self) -> Built:
+        file = self.folder / "shrunk.pt2"
+        pair = torch.cat([self.example] * 2)  # older PyTorch takes a length of 1 for a constant
+        program = torch.export.export(
+            self._laid_out(self._shrunk_model),
+            (pair,),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+        with write_whole(file) as temporary:
+            torch.export.save(program, temporary)
+        return Built.in_pytorch(torch.export.load(file).module(), self.layout, file, file)
+
+    def _shrunk_onnx(self) -> Built:
+        return Built.in_onnx_runtime(self._shrunk_model, self.example, self.folder / "shrunk.onnx")
+
+    def _sparse(self) -> Built:
+        threads = torch.get_num_threads()
+        try:
+            compiled = sparse_compile(self._shrunk_model, self.example, threads=threads)
+        except (ValueError, RuntimeError):  # shrinking may use operations that it does not know
+            compiled = sparse_compile(self.pruned, self.example, threads=threads)
+        return Built(compiled, self._packed_file.stat().st_size, compiled)
+
+    def _in_pytorch(self, network: nn.Module, file: Path) -> Built:
+        with write_whole(file) as temporary:
+            save_model(network, str(temporary))
+        return Built.in_pytorch(self._laid_out(network), self.layout, file)
+
+    def _laid_out(self, network: nn.Module) -> nn.Module:
+        return copy.deepcopy(network).to(memory_format=self.layout)
+
+    @cached_property
+    def _packed_file(self) -> Path:
+        path = self.folder / "model.packed"
+        save_packed(self.pruned.state_dict(), path)
+        return path
+
+    @cached_property
+    def _shrunk_model(self) -> nn.Module:
+        return shrink(self.pruned, self.example, fixed_size=True)

@@ -1,0 +1,198 @@
+"""How one tensor becomes the streams of a packed file and back; `packed` describes the layout."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from numpy.typing import NDArray
+from torch import Tensor
+
+Words = NDArray[Any]  # unsigned integers, in one dimension
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
+# Gaps and values look random, and the short matches that zstd finds in them cost more than they
+# save: it is to code symbols and little else. benchmarks/packed.py compares this with its levels.
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
+_MOST_TIMES_SMALLER = 2**15  # zstd spends at least 4 bytes on a block of 128 KiB
+_HALVED = {"float32": np.float32, "float64": np.float64}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index of a packed file says of one tensor; its keys are these."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    kept: int
+    positions: str
+    values: str
+    start: int
+    streams: Sequence[tuple[int, int]]
+    crc32: int
+    same_as: str | None = None
+
+    @property
+    def stored(self) -> int:
+        """Bytes that are stored of all streams."""
+        return sum(stored for _, stored in self.streams)
+
+
+def encode(name: str, tensor: Tensor, start: int, *, halve: bool) -> tuple[Entry, bytes]:
+    """Turn a tensor into its entry and what is stored of its streams.
+
+    Args:
+        name: Of the tensor.
+        tensor: Of any dtype, shape and strides.
+        start: Where its streams will begin.
+        halve: Write the values of a pruned weight as float16 where that can hold them.
+
+    Example:
+        >>> tensor = torch.tensor([[0, 0, 7], [0, 9, 0]], dtype=torch.uint8)
+        >>> entry, stored = encode("name", tensor, 0, halve=False)
+        >>> entry.kept, entry.positions, entry.streams, list(stored)
+        (2, 'mask', [(1, 1), (2, 2)], [20, 14, 18])
+    """
+    words = _words(tensor)
+    dtype = values = str(tensor.dtype).removeprefix("torch.")
+    positions, streams = "all", []
+    nonzero = words != 0
+    if not nonzero.all():
+        kept = np.flatnonzero(nonzero)
+        mask = _stream(np.packbits(nonzero, bitorder="little"))
+        gaps = _stream(_gaps(kept))
+        positions, stream = min(("mask", mask), ("gaps", gaps), key=lambda way: len(way[1][1]))
+        streams.append(stream)
+        words = words[kept]
+        prunable = tensor.dim() > 1 and dtype in _HALVED
+        halved = _halved(words, dtype) if halve and prunable else None
+        if halved is not None:
+            words, values = halved, "float16"
+    streams += map(_stream, _planes(words))
+    stored = b"".join(stored for _, stored in streams)
+    lengths = [(size, len(stored)) for size, stored in streams]
+    crc32 = zlib.crc32(stored)
+    shape = list(tensor.shape)
+    entry = Entry(name, dtype, shape, len(words), positions, values, start, lengths, crc32)
+    return entry, stored
+
+
+def decode(entry: Entry, stored: bytes) -> Tensor:
+    """Turn what is stored of a tensor's streams into the tensor.
+
+    Raises:
+        Exception: Of many kinds, if the bytes are not those of the entry, or it contradicts itself.
+    """
+    dtype, values = DTYPES[entry.dtype], DTYPES[entry.values]
+    width = min(8, dtype.itemsize)
+    count = math.prod(entry.shape) * dtype.itemsize // width
+    ends = list(accumulate((length for _, length in entry.streams), initial=0))
+    expect(zlib.crc32(stored) == entry.crc32, f"the checksum of {entry.name!r} differs")
+    streams = [
+        _unpacked(stored[start:end], size)
+        for (size, _), (start, end) in zip(entry.streams, pairwise(ends), strict=True)
+    ]
+    where: slice | Words = slice(None)
+    expected = count
+    if entry.positions != "all":
+        where = {"mask": _from_mask, "gaps": _from_gaps}[entry.positions](streams.pop(0))
+        expected = len(where)
+    expect(len(streams) == min(8, values.itemsize), "a stream is missing")
+    kept = _joined(streams)
+    expect(len(kept) == entry.kept == expected, "values and positions differ in number")
+    if values != dtype:
+        kept = kept.view(np.float16).astype(_HALVED[entry.dtype]).view(f"u{width}")
+    words = np.zeros(count, f"u{width}")  # takes no memory where nothing is written
+    words[where] = kept
+    return torch.from_numpy(words.view(np.uint8)).view(dtype).reshape(tuple(entry.shape))
+
+
+def decompress(frame: bytes, size: int) -> bytes:
+    """The `size` bytes that a zstd frame holds.
+
+    Raises:
+        ValueError: If it says that it holds another number, or more than its length allows:
+            nothing is allocated that a damaged file only promises.
+        zstandard.ZstdError: If it is damaged.
+    """
+    expect(zstandard.frame_content_size(frame) == size, "a stream has another length")
+    expect(size <= len(frame) * _MOST_TIMES_SMALLER, "a stream is too short for what it promises")
+    data: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    return data
+
+
+def expect(condition: bool, otherwise: str) -> None:
+    """Raise a ValueError that says `otherwise`, unless the condition holds."""
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _words(tensor: Tensor) -> Words:
+    """Its bits, row-major."""
+    plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    data: Words = plain.reshape(-1).view(torch.uint8).numpy()
+    return data.view(f"u{min(8, tensor.itemsize)}")
+
+
+def _stream(array: Words) -> tuple[int, bytes]:
+    data = array.tobytes()
+    compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    return len(data), min(data, compressor.compress(data), key=len)
+
+
+def _unpacked(stored: bytes, size: int) -> Words:
+    return np.frombuffer(stored if len(stored) == size else decompress(stored, size), np.uint8)
+
+
+def _gaps(positions: Words) -> Words:
+    """Zeros before each position: 255 for every 255 of them, then a byte below 255."""
+    full, rest = np.divmod(np.diff(positions, prepend=-1) - 1, 255)
+    gaps = np.full(len(rest) + full.sum(), 255, np.uint8)
+    gaps[np.cumsum(full + 1) - 1] = rest
+    return gaps
+
+
+def _from_gaps(gaps: Words) -> Words:
+    survivors = gaps < 255
+    ends: Words = np.cumsum(gaps + survivors.astype(np.int64))
+    return ends[survivors] - 1
+
+
+def _from_mask(mask: Words) -> Words:
+    return np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+
+
+def _planes(words: Words) -> list[Words]:
+    """One array for each byte of the words turned left by one bit, the lowest first."""
+    turned = (words << 1) | (words >> (8 * words.itemsize - 1))
+    return [(turned >> (8 * byte)).astype(np.uint8) for byte in range(words.itemsize)]
+
+
+def _joined(planes: Sequence[Words]) -> Words:
+    *lower, highest = planes
+    turned: Words = highest.astype(f"u{len(planes)}")
+    for plane in reversed(lower):
+        turned <<= 8
+        turned |= plane
+    return (turned >> 1) | (turned << (8 * turned.itemsize - 1))
+
+
+def _halved(words: Words, dtype: str) -> Words | None:
+    """The words of the same values in float16; None where it cannot hold one of them."""
+    values = words.view(_HALVED[dtype])
+    with np.errstate(all="ignore"):
+        halves = values.astype(np.float16)
+    held = np.isfinite(halves) & ((halves == 0) == (values == 0))
+    return halves.view(np.uint16) if held.all() else None

@@ -1,0 +1,363 @@
+"""Capture a model as layers of the sparse runtime; what it does not know is refused by name."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional
+
+from pruneflow.deploy.layers import INFINITY, Layer, Network, Pair, Shape, Weight, Window, fuse
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_CLAMPS = {  # those without further arguments: the lowest and the highest value
+    **dict.fromkeys((torch.relu, torch.relu_, functional.relu, "relu", "relu_"), (0.0, INFINITY)),
+    functional.relu6: (0.0, 6.0),
+}
+_POOLS = {
+    functional.max_pool2d: (nn.MaxPool2d, "stride padding dilation ceil_mode return_indices"),
+    functional.avg_pool2d: (
+        nn.AvgPool2d,
+        "stride padding ceil_mode count_include_pad divisor_override",
+    ),
+}
+
+
+def capture(model: nn.Module, example_input: Tensor) -> Network:
+    """Trace a model and fuse BatchNorm, ReLU and residual additions into its convolutions.
+
+    Args:
+        model: In evaluation mode, float32 on the CPU.
+        example_input: `(batch, channels, height, width)` or `(batch, features)`.
+
+    Raises:
+        ValueError: If it cannot be traced or has an operation that the runtime does not know; the
+            message names it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> [(layer.kind, layer.low) for layer in capture(model, torch.zeros(1, 3, 5, 5)).layers]
+        [('convolution', 0.0)]
+    """
+    try:
+        # Around it one more module, as those of PyTorch are kept whole but for the outermost.
+        traced = fx.symbolic_trace(nn.Sequential(model))
+    except Exception as error:
+        raise ValueError(
+            "`model` is expected to be traceable by torch.fx, but tracing it failed with: "
+            f"{error}; take control flow that depends on the data out of its forward"
+        ) from error
+    _drop_assertions(traced.graph)
+    with torch.no_grad():
+        ShapeProp(traced).propagate(example_input[:1])
+    captured = _Capture(traced)
+    for node in traced.graph.nodes:
+        captured.take(node)
+    return Network(
+        layers=tuple(fuse(captured.layers, captured.result)),
+        shapes=tuple(captured.shapes),
+        output=captured.result,
+        input_shape=tuple(example_input.shape[1:]),
+        output_shape=captured.output_shape,
+    )
+
+
+def _drop_assertions(graph: fx.Graph) -> None:
+    """Leave out what the model asserts, such as the size of its images: each call checks that."""
+    read_by_them: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        alone = node in read_by_them and node.op == "call_function" and not node.users
+        if alone or node.target is torch._assert:
+            read_by_them.update(node.all_input_nodes)
+            graph.erase_node(node)
+
+
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+@dataclass
+class _Capture:
+    """Turns the nodes of a traced model into layers, one by one."""
+
+    traced: fx.GraphModule
+    layers: list[Layer] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    values: dict[fx.Node, int] = field(default_factory=dict)
+    constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    batch_sizes: set[fx.Node] = field(default_factory=set)
+    result: int = -1
+    output_shape: tuple[int, ...] = ()
+
+    def take(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            if self.shapes:
+                self.refuse(node, "a second input")
+            self.new(node)
+        elif node.op == "output":
+            self.result = self.operand(node)
+            (result,) = node.args
+            assert isinstance(result, fx.Node)
+            self.output_shape = self.shape(result)
+        elif node.op == "call_module":
+            self.module(node, self.traced.get_submodule(str(node.target)))
+        elif node.op in ("call_function", "call_method"):
+            self.function(node)
+        else:
+            self.constants[node] = operator.attrgetter(str(node.target))(self.traced)
+
+    def refuse(self, node: fx.Node, what: str) -> NoReturn:
+        raise ValueError(
+            "`model` is expected to consist of operations that the sparse runtime knows, but "
+            f"{node.name!r} is {what}; use `shrink` or `export_onnx` for this model"
+        )
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Of one sample."""
+        meta: Any = node.meta.get("tensor_meta")
+        if not hasattr(meta, "shape"):
+            self.refuse(node, "not one tensor")
+        if meta.dtype != torch.float32:
+            self.refuse(node, f"of {meta.dtype}")
+        return tuple(meta.shape[1:])
+
+    def new(self, node: fx.Node) -> int:
+        shape = self.shape(node)
+        if len(shape) not in (1, 3):
+            self.refuse(node, f"of shape (batch, {', '.join(map(str, shape))})")
+        self.shapes.append((*shape, 1, 1)[:3])  # type: ignore[arg-type]
+        self.values[node] = len(self.shapes) - 1
+        return self.values[node]
+
+    def emit(self, node: fx.Node, kind: str, *inputs: int, **settings: Any) -> None:
+        self.layers.append(Layer(kind, node.name, inputs, self.new(node), **settings))
+
+    def overwrites(self, node: fx.Node, value: int) -> None:
+        """What works in place: all who read the value later read the result."""
+        for other, held in self.values.items():
+            if held == value:
+                self.values[other] = self.values[node]
+
+    def operand(self, node: fx.Node, position: int = 0) -> int:
+        value = node.args[position] if position < len(node.args) else None
+        if not isinstance(value, fx.Node) or value not in self.values:
+            self.refuse(node, "not of a tensor that was computed before")
+        return self.values[value]
+
+    def module(self, node: fx.Node, module: nn.Module) -> None:
+        value = self.operand(node)
+        kind = type(module)
+        # Exact types: a subclass may compute something else.
+        if kind in (nn.Identity, *_DROPOUTS) or kind.__name__ == "StochasticDepth":
+            if module.training and kind is not nn.Identity:
+                self.refuse(node, f"a {kind.__name__} in training mode")
+            self.values[node] = value
+        elif kind is nn.Conv2d:
+            self.convolution(node, module, value)  # type: ignore[arg-type]
+        elif kind in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            if len(self.shape(node)) != 1:
+                self.refuse(node, "a Linear over other than (batch, features)")
+            linear = cast(nn.Linear, module)
+            reads = Window((1, 1), kernel=(1, 1), output=(1, 1))
+            self.weighted(node, value, reads, linear.weight.detach()[:, :, None], linear.bias)
+        elif kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+            self.norm(node, module, value)  # type: ignore[arg-type]
+        elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh):
+            low = float(getattr(module, "min_val", 0.0))
+            high = float(getattr(module, "max_val", INFINITY))
+            self.emit(node, "add", value, low=low, high=high)
+            if module.inplace:
+                self.overwrites(node, value)
+        elif kind is nn.Flatten:
+            if [module.start_dim, module.end_dim] != [1, -1]:
+                self.refuse(node, "a Flatten of other than all but the first dimension")
+            self.flatten(node, value)
+        elif not self.pools(node, module, value):
+            self.refuse(node, f"a {kind.__name__}")
+
+    def function(self, node: fx.Node) -> None:
+        target, keywords = node.target, dict(node.kwargs)
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        inplace = bool(keywords.pop("inplace", False)) or name.endswith("_")
+        arguments = node.args[1:]
+        if target == "size" and (arguments, keywords) == ((0,), {}):
+            self.batch_sizes.add(node)
+            return
+        value = -1 if target is torch.cat else self.operand(node)
+        if target in _CLAMPS and not arguments and not keywords:
+            low, high = _CLAMPS[target]
+            self.emit(node, "add", value, low=low, high=high)
+        elif target in (operator.add, operator.iadd, torch.add, "add", "add_") and not keywords:
+            other = self.operand(node, 1)
+            if self.shapes[value] != self.shapes[other]:
+                self.refuse(node, "an addition of tensors of different shapes")
+            self.emit(node, "add", value, other)
+            inplace = inplace or target is operator.iadd
+        elif self.flattens(node):
+            self.flatten(node, value)
+        elif target in _POOLS:
+            make, names = _POOLS[target]
+            given = dict(zip(["kernel_size", *names.split()], arguments, strict=False))
+            self.pool(node, make(**given, **keywords), value)  # type: ignore[arg-type]
+        elif target is functional.adaptive_avg_pool2d or self.means(node):
+            self.adaptive(node, value)
+        elif target is torch.cat:
+            self.concatenate(node)
+        elif target is torch.index_select and not keywords:
+            self.choose(node, value)
+        elif target == "contiguous" or (
+            target is functional.dropout and keywords.get("training", True) is False
+        ):
+            self.values[node] = value
+        else:
+            self.refuse(node, f"a call of {name} with {arguments} and {keywords}")
+        if inplace:
+            self.overwrites(node, value)
+
+    def flattens(self, node: fx.Node) -> bool:
+        """Whether the result is (batch, features) for a batch of any size."""
+        sizes: Any = node.args[1:]
+        if node.target in (torch.flatten, "flatten"):
+            whole = sizes in ((1,), (1, -1)) and not node.kwargs
+            return bool(whole or (not sizes and node.kwargs == {"start_dim": 1}))
+        if node.target not in ("view", "reshape", torch.reshape):
+            return False
+        if len(sizes) == 1 and isinstance(sizes[0], Sequence):
+            sizes = tuple(sizes[0])
+        features = (prod(self.shapes[self.operand(node)]),)
+        if len(sizes) != 2 or self.shape(node) != features:
+            return False
+        return sizes[0] in self.batch_sizes or (sizes[0] == -1 and sizes[1] != -1)
+
+    def means(self, node: fx.Node) -> bool:
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return (
+            node.target in (torch.mean, "mean")
+            and isinstance(dims, Sequence)
+            and sorted(int(dim) % 4 for dim in dims) == [2, 3]
+            and len(self.shape(node.args[0])) == 3  # type: ignore[arg-type]
+        )
+
+    def weighted(
+        self,
+        node: fx.Node,
+        value: int,
+        reads: Window,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int = 1,
+        kind: str = "convolution",
+    ) -> None:
+        given = torch.zeros(len(weight)) if bias is None else bias.detach()
+        arrays = {"weight": Weight.of(weight.detach().numpy()), "bias": given.numpy().copy()}
+        self.emit(node, kind, value, window=reads, groups=groups, **arrays)
+
+    def convolution(self, node: fx.Node, module: nn.Conv2d, value: int) -> None:
+        if module.padding_mode != "zeros":
+            self.refuse(node, f"a Conv2d with padding_mode={module.padding_mode!r}")
+        if module.padding == "same":  # the odd one lies below and to the right
+            left, _, above, _ = module._reversed_padding_repeated_twice
+        else:
+            above, left = (0, 0) if isinstance(module.padding, str) else _pair(module.padding)
+        reads = Window(
+            self.shapes[value][1:],
+            kernel=_pair(module.kernel_size),
+            output=_pair(self.shape(node)[1:]),
+            stride=_pair(module.stride),
+            padding=(above, left),
+            dilation=_pair(module.dilation),
+        )
+        weight = module.weight.detach().flatten(2)
+        self.weighted(node, value, reads, weight, module.bias, module.groups)
+
+    def norm(self, node: fx.Node, module: nn.BatchNorm2d, value: int) -> None:
+        if module.training or module.running_mean is None or module.running_var is None:
+            self.refuse(node, "a BatchNorm that takes its statistics from the batch")
+        factor = (module.running_var.double() + module.eps).rsqrt()
+        if module.weight is not None:
+            factor = factor * module.weight.detach().double()
+        offset = -module.running_mean.double() * factor
+        if module.bias is not None:
+            offset = offset + module.bias.detach().double()
+        size = self.shapes[value][1:]
+        reads = Window(size, kernel=(1, 1), output=size)
+        weight = factor.float()[:, None, None]
+        self.weighted(node, value, reads, weight, offset.float(), kind="scale")
+
+    def flatten(self, node: fx.Node, value: int) -> None:
+        if self.shapes[value][1:] == (1, 1):
+            self.values[node] = value
+        else:
+            self.emit(node, "flatten", value)
+
+    def choose(self, node: fx.Node, value: int) -> None:
+        """Channels by number, as `shrink` puts them: a 1x1 convolution with a one in each row."""
+        _, dim, index = node.args
+        if dim not in (1, -len(self.shape(node))) or index not in self.constants:
+            self.refuse(node, f"a choice of {index} over dimension {dim}")
+        channels, *size = self.shapes[value]
+        weight = functional.one_hot(self.constants[index], channels).float()[:, :, None]  # type: ignore[index]
+        reads = Window(_pair(size), kernel=(1, 1), output=_pair(size))
+        self.weighted(node, value, reads, weight, None)
+
+    def concatenate(self, node: fx.Node) -> None:
+        tensors = node.args[0]
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        known = isinstance(tensors, Sequence) and all(each in self.values for each in tensors)
+        if not known or dim not in (1, -len(self.shape(node))):
+            self.refuse(node, f"a concatenation over dimension {dim}")
+        inputs = [self.values[each] for each in tensors]  # type: ignore[index, union-attr]
+        self.emit(node, "concatenate", *inputs)
+
+    def pools(self, node: fx.Node, module: nn.Module, value: int) -> bool:
+        if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
+            self.pool(node, module, value)  # type: ignore[arg-type]
+        elif type(module) is nn.AdaptiveAvgPool2d:
+            self.adaptive(node, value)
+        else:
+            return False
+        return True
+
+    def pool(self, node: fx.Node, module: nn.MaxPool2d | nn.AvgPool2d, value: int) -> None:
+        reads = Window(
+            self.shapes[value][1:],
+            kernel=_pair(module.kernel_size),
+            output=_pair(self.shape(node)[1:]),
+            stride=_pair(module.stride or module.kernel_size),
+            padding=_pair(module.padding),
+        )
+        if isinstance(module, nn.MaxPool2d):
+            reads = replace(reads, dilation=_pair(module.dilation))
+            self.emit(node, "pool", value, table=reads.table)
+            return
+        divisor = (reads.table >= 0).sum(0)
+        if module.divisor_override:
+            divisor = np.full_like(divisor, module.divisor_override)
+        elif module.count_include_pad:  # what ceil_mode reaches beyond the padding does not count
+            height, width = (reads.size[axis] + 2 * reads.padding[axis] for axis in (0, 1))
+            whole = replace(reads, size=(height, width), padding=(0, 0))
+            divisor = (whole.table >= 0).sum(0)
+        self.emit(node, "pool", value, table=reads.table, mean=(1 / divisor).astype(np.float32))
+
+    def adaptive(self, node: fx.Node, value: int) -> None:
+        """Windows from floor(i * size / output) to ceil((i + 1) * size / output)."""
+        size, output = self.shapes[value][1:], (*self.shape(node), 1, 1)[1:3]
+        rows, columns = (
+            [
+                range(i * size[axis] // output[axis], -(-(i + 1) * size[axis] // output[axis]))
+                for i in range(output[axis])
+            ]
+            for axis in (0, 1)
+        )
+        pixels = [[r * size[1] + c for r in rs for c in cs] for rs in rows for cs in columns]
+        taps = max(map(len, pixels))
+        table = np.array([each + [-1] * (taps - len(each)) for each in pixels], np.int32).T
+        mean = np.array([1 / len(each) for each in pixels], np.float32)
+        self.emit(node, "pool", value, table=np.ascontiguousarray(table), mean=mean)

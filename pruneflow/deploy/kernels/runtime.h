@@ -1,0 +1,74 @@
+// The interface between pruneflow/deploy/lowering.py and the native code: a plan is an array of
+// steps over one arena of floats. All addresses are floats from the arena's start.
+//
+// Two layouts of an activation of C channels and P pixels, for plans of m samples:
+//   lanes   [m / LANES][C][P][LANES]  a vector holds samples of one pixel
+//   pixels  [C][m * P]                rounded up to whole vectors: a vector holds pixels
+// In both, a convolution is a sum over surviving weights of weight x vectors at an offset, so that
+// one micro-kernel serves both. In `pixels`, offsets within a channel are no whole vectors, and the
+// input of a tile is first copied into a panel: a row per input channel and tap that is used.
+#pragma once
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define REGISTERS 32
+#elif defined(__AVX__)
+#define LANES 8
+#define REGISTERS 16
+#else
+#define LANES 4
+#define REGISTERS 16
+#endif
+#define MOST_ROWS 8
+
+enum Kind : int64_t { LOAD, STORE, CONVOLUTION, POOL, ADD, FLATTEN };
+
+// Vectors of the output that are computed together: rows of columns that lie side by side. They
+// share the list of the weights that do not fall on the padding.
+struct Tile {
+    int32_t rows, columns, list;
+    int32_t in[MOST_ROWS], out[MOST_ROWS]; // the first column's, in channel 0
+};
+
+struct Step {
+    int64_t kind;
+    int64_t lanes;                 // whether the layout is `lanes`
+    int64_t samples;               // of the plan
+    int64_t in, extra, out;        // extra: a second input that is added; negative: none
+    int64_t in_stride, out_stride; // from channel to channel
+    int64_t channels, pixels;      // of the output; LOAD, STORE, FLATTEN: of the input; POOL, ADD:
+                                   // those of all samples in the layout `lanes`
+    // CONVOLUTION: entries are an index and one weight for each output channel of a group.
+    int64_t group, groups, blocks; // channels in a group; groups; ranges of the input held in L1
+    int64_t positions;             // not 0: vectors hold output channels, of so many positions
+    int64_t unit;                  // floats that one index stands for; 0: a row of the panel
+    int64_t column_step;           // vectors from one column of a tile to the next in the input
+    int64_t rows, panel, panel_size;
+    int64_t panel_pixels;          // of a row, in the layout `lanes`
+    int64_t by_tile;               // threads share out tiles; otherwise groups
+    int64_t tiles, tiles_per_panel;
+    int64_t taps;                  // POOL
+    const Tile *tile;
+    const int32_t *pointer;        // [list][block][groups + 1]: where a group's entries begin
+    const int32_t *entries;
+    const float *bias;             // [groups * group]
+    const int32_t *split;          // [threads + 1]: groups of each thread
+    const int32_t *row_source;     // [rows]: the channel's start, in the layout `pixels`
+    const int32_t *row_tap;        // [rows]
+    const int32_t *table;          // [tap][position]: where in the input's channel; -1: padding;
+                                   // in the layout `lanes` [position] of a panel
+    const int32_t *shift;          // [tap]: table = position + shift wherever it is not padding
+    const float *scale;            // [position]: POOL takes the mean; null: the maximum
+    float low, high;               // the result is clamped; infinities: as it is
+};
+
+extern "C" {
+int pruneflow_lanes();
+int pruneflow_registers();
+int64_t pruneflow_step_bytes();
+// Runs `count` samples, `steps[0].samples` at a time. Together: all threads on the same samples and
+// one arena; otherwise each on its own samples and an arena of its own, `arena_size` floats apart.
+void pruneflow_run(const Step *steps, int64_t step_count, const float *in, float *out,
+                   int64_t count, float *arena, int64_t arena_size, int threads, int together);
+}

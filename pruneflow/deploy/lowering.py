@@ -1,0 +1,400 @@
+"""Lower a captured network to plans of the native runtime: steps over one arena of floats.
+
+A plan is made for a number of samples that run at once and one of two layouts, which
+kernels/runtime.h explains: `lanes` puts samples side by side in a vector, `pixels` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pruneflow.deploy.layers import Integers, Layer, Network
+from pruneflow.deploy.plans import (
+    ARRAYS,
+    KINDS,
+    MOST_POSITIONS,
+    MOST_ROWS,
+    SIZES,
+    STEP,
+    Choice,
+    Layout,
+    Machine,
+    Plan,
+)
+
+
+def lower(
+    network: Network,
+    machine: Machine,
+    *,
+    samples: int,
+    lanes: bool,
+    choices: Mapping[int, Choice],
+) -> Plan:
+    """Make the plan of a network.
+
+    Args:
+        network: From `graph.capture`.
+        machine: What it is made for.
+        samples: At once; for `lanes` a multiple of the vector's lanes.
+        lanes: The layout.
+        choices: By the number of the value that a convolution writes; others take the default.
+    """
+    width = machine.lanes
+    if lanes and samples % width:
+        raise ValueError(f"`samples` is expected to be a multiple of {width}, but {samples} came")
+    lowering = _Lowering(network, machine, Layout(samples, lanes, width))
+    lowering.move("load", 0)
+    for layer in network.layers:
+        lowering.take(layer, choices.get(layer.output, Choice()))
+    lowering.move("store", network.output)
+    return lowering.plan()
+
+
+# Output, index and weight of the survivors for each list; floats of the input that a tile reads;
+# the end of the indices; settings of the step.
+_Lowered = tuple[list[tuple[Any, ...]], int, int, dict[str, Any]]
+
+
+class _Lowering:
+    def __init__(self, network: Network, machine: Machine, layout: Layout) -> None:
+        self.network, self.machine, self.layout = network, machine, layout
+        self.pixels = [height * width for _, height, width in network.shapes]
+        self.strides = [layout.stride(pixels) for pixels in self.pixels]
+        self.steps: list[dict[str, Any]] = []
+        # Filling a panel reads, and cuts off, what a tap reaches beyond the first and last channel.
+        self.guard = 0 if layout.lanes else 2 * max(self.strides)
+        self.panel_floats = 0
+        self.places, self.floats = self.place()
+
+    def place(self) -> tuple[list[int], int]:
+        """Give each value a place in the arena, that of one no longer read where it fits."""
+        network = self.network
+        last = [0] * len(network.shapes)
+        for at, layer in enumerate(network.layers):
+            for value in layer.reads:
+                last[value] = at
+        last[network.output] = len(network.layers)
+        sizes = [self.size(value) for value in range(len(network.shapes))]
+        places = [-1] * len(sizes)
+        living: list[int] = []
+        end = 0
+        for at, value in enumerate([0, *(layer.output for layer in network.layers)]):
+            # What the layer that writes this value reads is still there while it does.
+            living = [other for other in living if last[other] >= at - 1]
+            start = self.guard
+            for other in sorted(living, key=places.__getitem__):
+                if places[other] - start >= sizes[value]:
+                    break
+                start = max(start, places[other] + sizes[other])
+            places[value] = start
+            living.append(value)
+            end = max(end, start + sizes[value])
+        return places, end + self.guard
+
+    def size(self, value: int) -> int:
+        """Floats of a value."""
+        return self.layout.blocks * self.network.shapes[value][0] * self.strides[value]
+
+    def step(self, kind: str, **settings: Any) -> None:
+        layout = self.layout
+        common = {"lanes": int(layout.lanes), "samples": layout.samples, "extra": -1}
+        self.steps.append({"kind": KINDS[kind], **common, **settings})
+
+    def move(self, kind: str, value: int) -> None:
+        self.step(
+            kind,
+            **{"in": self.places[value], "out": self.places[value]},
+            in_stride=self.strides[value],
+            out_stride=self.strides[value],
+            channels=self.network.shapes[value][0],
+            pixels=self.pixels[value],
+        )
+
+    def take(self, layer: Layer, choice: Choice) -> None:
+        source = layer.inputs[0]
+        settings: dict[str, Any] = {
+            "in": self.places[source],
+            "out": self.places[layer.output],
+            "in_stride": self.strides[source],
+            "out_stride": self.strides[layer.output],
+            "channels": self.network.shapes[layer.output][0],
+            "pixels": self.pixels[layer.output],
+            "low": layer.low,
+            "high": layer.high,
+        }
+        if layer.kind == "convolution":
+            if layer.residual is not None:
+                settings["extra"] = self.places[layer.residual]
+            self.step("convolution", **settings, **self.convolution(layer, choice))
+        elif layer.kind == "pool":
+            assert layer.table is not None
+            table = self.layout.table(layer.table, self.pixels[source])
+            mean = layer.mean
+            if mean is not None and not self.layout.lanes:
+                mean = np.tile(mean, self.layout.samples)
+                mean = np.pad(mean, (0, self.strides[layer.output] - len(mean)))
+            settings["channels"] *= self.layout.blocks
+            self.step("pool", **settings, table=table, taps=len(table), scale=mean)
+        elif layer.kind == "add":
+            if len(layer.inputs) == 2:
+                settings["extra"] = self.places[layer.inputs[1]]
+            settings["channels"] *= self.layout.blocks
+            self.step("add", **settings)
+        elif layer.kind == "flatten":
+            settings["channels"] = self.network.shapes[source][0]
+            settings["pixels"] = self.pixels[source]
+            if self.layout.lanes:  # the same floats in the same order
+                settings["channels"] *= self.layout.blocks
+                self.step("add", **(settings | {"out_stride": self.strides[source]}))
+            else:
+                self.step("flatten", **settings)
+        else:
+            self.concatenate(layer, settings)
+
+    def concatenate(self, layer: Layer, settings: dict[str, Any]) -> None:
+        at = self.places[layer.output]
+        for block in range(self.layout.blocks):
+            for value in layer.inputs:
+                channels = self.network.shapes[value][0]
+                size = channels * self.strides[value]
+                part = {"in": self.places[value] + block * size, "out": at, "channels": channels}
+                self.step("add", **(settings | part))
+                at += size
+
+    def convolution(self, layer: Layer, choice: Choice) -> dict[str, Any]:
+        assert layer.weight is not None and layer.bias is not None and layer.window is not None
+        positions = self.positions(layer) if choice.group == self.machine.lanes else 0
+        if choice.group == self.machine.lanes:
+            choice = replace(choice, group=choice.group if positions else 1, reach=0)
+        group, groups = choice.group, -(-len(layer.bias) // choice.group)
+        survivors = _Survivors(layer)
+        lower_to = self.to_lanes if self.layout.lanes else self.to_pixels
+        lists, reach, limit, settings = lower_to(layer, survivors, choice)
+        blocks = max(1, -(-reach // choice.reach)) if choice.reach else 1
+        cuts = np.arange(1, blocks) * limit // blocks
+        entries, pointer = _pack(lists, group, groups, cuts)
+        loads = np.append(0, (np.diff(pointer).sum((0, 1)) + 1).cumsum())
+        goals = np.arange(self.machine.threads + 1) * loads[-1] / self.machine.threads
+        return settings | {
+            "group": group,
+            "groups": groups,
+            "positions": positions,
+            "blocks": blocks,
+            "bias": np.pad(layer.bias, (0, groups * group - len(layer.bias))).astype(np.float32),
+            "tiles": len(settings["tile"]),
+            "pointer": pointer,
+            "entries": entries,
+            "split": np.searchsorted(loads, goals).astype(np.int32),
+        }
+
+    def positions(self, layer: Layer) -> int:
+        """How many there are, if so few that vectors had better hold output channels; else 0."""
+        count = self.pixels[layer.output] * self.layout.samples
+        return count if count <= MOST_POSITIONS and not self.layout.lanes else 0
+
+    def to_lanes(self, layer: Layer, survivors: _Survivors, choice: Choice) -> _Lowered:
+        """Tiles are pixels whose kernels overlap the padding alike, of some vectors of samples."""
+        assert layer.window is not None
+        width, (source,) = self.machine.lanes, layer.inputs
+        channels, columns = self.network.shapes[source][0], self.network.shapes[layer.output][2]
+        reads, pixels, blocks = layer.window, self.pixels[source], self.layout.blocks
+        settings: dict[str, Any] = {"unit": width, "tiles_per_panel": 1}
+        block_in = channels * self.strides[source]
+        if choice.padded:
+            reads, table = reads.padded()
+            pixels, block_in = len(table), 0
+            self.panel_floats = max(self.panel_floats, channels * pixels * width)
+            settings |= {"rows": channels, "panel_size": channels * pixels * width}
+            settings |= {"panel_pixels": pixels, "table": table}
+        step = int(reads.corner[1] - reads.corner[0]) if columns > 1 else 1
+        patterns, kinds = np.unique(reads.table >= 0, axis=1, return_inverse=True)
+        grid = kinds.reshape(-1, columns)
+        block_out = self.network.shapes[layer.output][0] * self.strides[layer.output]
+        # With panels a tile is of one vector of samples, as a panel is.
+        turns = [[block] for block in range(blocks)] if choice.padded else [[*range(blocks)]]
+        tiles: list[list[int]] = []
+        reach = 0
+        for turn in turns:
+            for down, across in product(_runs(grid), _runs(grid.T)):
+                kind = int(grid[down[0], across[0]])
+                rows = [(block, int(row)) for block in turn for row in down]
+                sums = self.machine.sums(choice.group)
+                shape = _shape(len(rows), len(across), sums, side_by_side=step <= 2)
+                for chosen, first, tile_columns in _tiles(rows, len(across), shape):
+                    tile = [len(chosen), tile_columns, kind] + [0] * (2 * MOST_ROWS)
+                    for i, (block, row) in enumerate(chosen):
+                        pixel = row * columns + across[0] + first
+                        tile[3 + i] = reads.corner[pixel] * width + block * block_in
+                        tile[3 + MOST_ROWS + i] = pixel * width + block * block_out
+                    tiles.append(tile)
+                first_rows = down[: shape[0]] * columns
+                inside = np.add.outer(first_rows, across[: shape[1]]).ravel()
+                reach = max(reach, channels * np.unique(reads.table[:, inside]).size * width)
+        index = survivors.channel * pixels + reads.steps[survivors.tap]
+        lists = [survivors.where(index, pattern[survivors.tap]) for pattern in patterns.T]
+        settings |= {"tile": np.array(tiles, np.int32), "column_step": step}
+        settings["tiles_per_panel"] = len(tiles) // len(turns)
+        return lists, reach, channels * pixels, settings
+
+    def to_pixels(self, layer: Layer, survivors: _Survivors, choice: Choice) -> _Lowered:
+        """Tiles are vectors of neighbouring pixels; what their kernels read becomes a panel."""
+        assert layer.window is not None
+        width, (source,) = self.machine.lanes, layer.inputs
+        reads, strides = layer.window, (self.strides[source], self.strides[layer.output])
+        table = self.layout.table(reads.table, self.pixels[source])
+        used = table[np.unique(survivors.tap), : reads.table.shape[1] * self.layout.samples]
+        direct = strides[0] == strides[1] and _identity(used)
+        if direct:
+            index, rows = survivors.channel, self.network.shapes[source][0]
+            settings: dict[str, Any] = {"unit": strides[0]}
+        else:
+            taps = len(reads.table)
+            pairs, index = np.unique(survivors.channel * taps + survivors.tap, return_inverse=True)
+            rows = len(pairs)
+            settings = self.panel(pairs // taps * strides[0], pairs % taps, table)
+        tiles, start = [], 0
+        for size in _cut(
+            strides[1] // width, min(max(SIZES), max(1, self.machine.sums(choice.group)))
+        ):
+            tile = [1, size, 0] + [0] * (2 * MOST_ROWS)
+            tile[3], tile[3 + MOST_ROWS] = start if direct else 0, start
+            tiles.append(tile)
+            start += size * width
+        settings |= {"tile": np.array(tiles, np.int32), "column_step": 1, "tiles_per_panel": 1}
+        settings["by_tile"] = len(tiles) >= 4 * self.machine.threads
+        lists = [survivors.where(index, np.ones(len(index), bool))]
+        return lists, rows * tiles[0][1] * width, rows, settings
+
+    def panel(
+        self, sources: npt.NDArray[Any], taps: npt.NDArray[Any], table: Integers
+    ) -> dict[str, Any]:
+        position = np.arange(table.shape[1])
+        offsets = np.where(table >= 0, table - position, np.iinfo(np.int32).min)
+        shift = offsets.max(1)
+        constant = np.all((table < 0) | (offsets == shift[:, None]))
+        shift[(table < 0).all(1)] = 0
+        size = len(sources) * max(SIZES) * self.machine.lanes
+        self.panel_floats = max(self.panel_floats, size)
+        return {
+            "rows": len(sources),
+            "panel_size": size,
+            "row_source": sources.astype(np.int32),
+            "row_tap": taps.astype(np.int32),
+            "table": table,
+            "shift": shift.astype(np.int32) if constant else None,
+        }
+
+    def plan(self) -> Plan:
+        steps = np.zeros(len(self.steps), STEP)
+        kept: list[npt.NDArray[Any]] = []
+        for row, settings in zip(steps, self.steps, strict=True):
+            if settings.get("panel_size"):
+                settings["panel"] = self.floats
+            for name, value in settings.items():
+                if name in ARRAYS:
+                    if value is not None:
+                        array = np.ascontiguousarray(value)
+                        kept.append(array)
+                        row[name] = array.ctypes.data
+                else:
+                    row[name] = value
+        panels = self.panel_floats * max(2, self.machine.threads)
+        return Plan(steps, self.layout.samples, self.floats + panels, kept)
+
+
+class _Survivors:
+    """Weights that are not zero and whose tap is ever on a pixel of the input."""
+
+    def __init__(self, layer: Layer) -> None:
+        assert layer.weight is not None and layer.window is not None
+        output, channel, tap = layer.weight.places
+        reached: npt.NDArray[Any] = np.any(layer.window.table >= 0, axis=1)[tap]
+        outputs, inputs = layer.weight.shape[0] // layer.groups, layer.weight.shape[1]
+        self.output, self.tap = output[reached], tap[reached]
+        self.channel = channel[reached] + self.output // outputs * inputs
+        self.weight = layer.weight.value[reached]
+
+    def where(self, index: npt.NDArray[Any], chosen: npt.NDArray[Any]) -> tuple[Any, ...]:
+        return self.output[chosen], index[chosen], self.weight[chosen]
+
+
+def _shape(rows: int, columns: int, sums: int, *, side_by_side: bool) -> tuple[int, int]:
+    """The size of tiles that a rectangle is best cut into."""
+    shapes = [
+        (height, width)
+        for height in SIZES
+        for width in (SIZES if side_by_side else (1,))
+        if height * width <= sums
+    ]
+    return min(shapes, key=lambda shape: _cycles(rows, columns, shape))
+
+
+def _tiles(
+    rows: list[tuple[int, int]], columns: int, shape: tuple[int, int]
+) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+    """Rows, the first column and the number of columns of each tile of a rectangle."""
+    at = 0
+    for height in _cut(len(rows), shape[0]):
+        left = 0
+        for width in _cut(columns, shape[1]):
+            yield rows[at : at + height], left, width
+            left += width
+        at += height
+
+
+def _runs(grid: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Neighbouring rows that are equal."""
+    changes = 1 + np.flatnonzero(np.any(grid[1:] != grid[:-1], axis=1))
+    return np.split(np.arange(len(grid)), changes)
+
+
+def _cut(count: int, most: int) -> list[int]:
+    """Into parts of sizes that there are kernels for."""
+    parts = []
+    for size in SIZES:
+        if size <= most:
+            parts += [size] * (count // size)
+            count %= size
+    return parts
+
+
+def _cycles(rows: int, columns: int, shape: tuple[int, int]) -> float:
+    """For one weight: two multiply-adds at once, and what each weight costs besides."""
+    return sum(
+        height * width / 2 + 1.5
+        for height in _cut(rows, shape[0])
+        for width in _cut(columns, shape[1])
+    )
+
+
+def _identity(table: Integers) -> bool:
+    """Whether each position reads just its own pixel, hence needs no panel."""
+    return len(table) <= 1 and bool(np.all(table == np.arange(table.shape[1])))
+
+
+def _pack(
+    lists: Sequence[tuple[Any, ...]], group: int, groups: int, cuts: npt.NDArray[Any]
+) -> tuple[Integers, Integers]:
+    """Entries, an index and the bits of `group` weights each, and where those of a group begin."""
+    blocks = len(cuts) + 1
+    entries, pointers, begin = [], [], 0
+    for output, index, weight in lists:
+        span = int(index.max(initial=0)) + 1
+        segment = np.searchsorted(cuts, index, side="right") * groups + output // group
+        keys, entry = np.unique(segment * span + index, return_inverse=True)
+        packed = np.zeros((len(keys), 1 + group), np.float32)
+        packed[entry, 1 + output % group] = weight
+        packed = packed.view(np.int32)
+        packed[:, 0] = keys % span
+        starts = np.arange(blocks)[:, None] * groups + np.arange(groups + 1)
+        pointers.append(begin + np.searchsorted(keys // span, starts))
+        entries.append(packed)
+        begin += len(packed)
+    return np.concatenate(entries), np.stack(pointers).astype(np.int32)

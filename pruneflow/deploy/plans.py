@@ -1,0 +1,157 @@
+"""What the native code of the sparse runtime is given: plans, and what determines them."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pruneflow.deploy.layers import Integers
+
+MOST_ROWS = 8
+MOST_POSITIONS = 8  # of layers whose vectors hold output channels
+SIZES = (8, 6, 4, 3, 2, 1)  # rows and columns of tiles that there are kernels for
+KINDS = {"load": 0, "store": 1, "convolution": 2, "pool": 3, "add": 4, "flatten": 5}
+_NUMBERS = (
+    *("kind", "lanes", "samples", "in", "extra", "out", "in_stride", "out_stride"),
+    *("channels", "pixels", "group", "groups", "blocks", "positions", "unit", "column_step"),
+    *("rows", "panel", "panel_size"),
+    *("panel_pixels", "by_tile", "tiles", "tiles_per_panel", "taps"),
+)
+ARRAYS = (
+    *("tile", "pointer", "entries", "bias", "split", "row_source", "row_tap", "table", "shift"),
+    "scale",
+)
+STEP = np.dtype(
+    [(name, np.int64) for name in _NUMBERS]
+    + [(name, np.uintp) for name in ARRAYS]
+    + [("low", np.float32), ("high", np.float32)]
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What plans are made for.
+
+    Args:
+        lanes: Floats in a vector.
+        registers: Vectors that the processor holds.
+        threads: That work together.
+    """
+
+    lanes: int
+    registers: int
+    threads: int
+
+    def sums(self, group: int) -> int:
+        """The most vectors of a tile whose sums, for `group` channels, stay in the registers."""
+        return (24 if self.registers == 32 else 12) // group
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a convolution is computed; which is fastest is found by timing.
+
+    Args:
+        group: Output channels computed together, reading a weight of each wherever one of them
+            survived: 1 is fully sparse, 4 with no zeros left is a dense kernel. A whole vector of
+            them is for layers of few pixels in the layout `pixels`; elsewhere it stands for 1.
+        reach: Floats of the input that a tile may read for all output channels before it goes on
+            to the next range of input channels, so that they stay in the cache; 0 takes all.
+        padded: In the layout `lanes`, whether the input is copied with zeros for the padding, which
+            are then multiplied by; otherwise pixels at the border have weights of their own.
+    """
+
+    group: int = 1
+    reach: int = 0
+    padded: bool = False
+
+
+@dataclass
+class Plan:
+    """Steps for a number of samples at once.
+
+    Args:
+        steps: An array of `STEP`.
+        samples: At once.
+        arena: Floats that one thread, or all together, need.
+        kept: The arrays that the steps point to.
+    """
+
+    steps: npt.NDArray[Any]
+    samples: int
+    arena: int
+    kept: list[npt.NDArray[Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.address = self.steps.ctypes.data  # once: asking for it takes as long as a small layer
+
+    def run(
+        self,
+        kernels: ctypes.CDLL,
+        batch: int,
+        out: int,
+        count: int,
+        arena: int,
+        *,
+        threads: int,
+        together: bool,
+    ) -> None:
+        """Compute `count` samples.
+
+        Args:
+            kernels: See `toolchain.load`.
+            batch: Address of the input, contiguous float32.
+            out: Address of the output.
+            count: Of samples.
+            arena: Address of the arena, aligned to 64 bytes: one, or one for each thread.
+            threads: How many work.
+            together: Whether on the same samples, or each on its own.
+        """
+        kernels.pruneflow_run(
+            *(self.address, len(self.steps), batch, out, count, arena),
+            *(self.arena, threads, together),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the floats of an activation lie.
+
+    Args:
+        samples: At once.
+        lanes: Whether samples of a pixel lie side by side; otherwise pixels do.
+        width: Floats of a vector.
+    """
+
+    samples: int
+    lanes: bool
+    width: int
+
+    @property
+    def blocks(self) -> int:
+        """How often the channels are there, each time for a vector of samples."""
+        return self.samples // self.width if self.lanes else 1
+
+    def stride(self, pixels: int) -> int:
+        """Floats from one channel to the next."""
+        if self.lanes:
+            return pixels * self.width
+        return -(-pixels * self.samples // self.width) * self.width
+
+    def table(self, table: Integers, pixels: int) -> Integers:
+        """A table of taps for all samples: of `pixels`, padded to whole vectors.
+
+        Args:
+            table: Of one sample, see `graph.window`.
+            pixels: Of the input.
+        """
+        if self.lanes:
+            return table
+        sample = np.arange(self.samples, dtype=np.int32)[None, :, None] * pixels
+        every = np.where(table[:, None] >= 0, table[:, None] + sample, -1).reshape(len(table), -1)
+        rest = self.stride(table.shape[1]) - every.shape[1]
+        return np.ascontiguousarray(np.pad(every, ((0, 0), (0, rest)), constant_values=-1))

@@ -1,0 +1,331 @@
+"""Run a pruned model on the CPU without multiplying by its zeros."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pruneflow.deploy import toolchain
+from pruneflow.deploy.graph import capture
+from pruneflow.deploy.layers import Layer, Network
+from pruneflow.deploy.lowering import lower
+from pruneflow.deploy.plans import MOST_POSITIONS, Choice, Machine, Plan
+
+_TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
+_MOST_ARENA = 2**27  # floats of all threads; plans that need more are left out
+_REACHES = (0, 5120, 7168, 10240, 16384)  # floats; 48 KiB of L1 are 12288
+Choices = Mapping[int, Choice]
+Key = TypeVar("Key")
+
+
+def sparse_compile(
+    model: nn.Module, example_input: Tensor, *, threads: int | None = None
+) -> nn.Module:
+    """Compile a pruned model for this machine's CPU, where weights that are zero cost nothing.
+
+    The whole network runs in one native call: BatchNorm is folded, ReLU and residual additions are
+    part of the convolutions, and each convolution multiplies only by the weights that survived.
+    Which of several ways is fastest for a layer and for a batch size is found by timing them while
+    compiling, so that the last bits of the result may differ from one compilation to the next. The
+    model should be shrunk first (`shrink`).
+
+    It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, additions, max, average and adaptive
+    average pooling, concatenation, flattening and dropout, as modules or functions. The result
+    takes any batch size, and pictures of the size of the example; compile once for each size.
+
+    Args:
+        model: A float32 model on the CPU; it is left as it is and used in evaluation mode.
+        example_input: A batch of any size, `(batch, channels, height, width)` or
+            `(batch, features)`.
+        threads: How many work; None takes `torch.get_num_threads()`.
+
+    Returns:
+        A module for inference: it has no parameters and gives no gradients. Where there is no C++
+        compiler it is a copy of the dense model, and a warning says so.
+
+    Raises:
+        ValueError: If the model cannot be traced or has an operation that the runtime does not
+            know, which is named; or `threads` or the types of the tensors do not fit.
+        RuntimeError: If the result differs from the model's; both are compared once compiled.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
+        >>> _ = nn.functional.dropout(model[0].weight.data, 0.9, inplace=True)
+        >>> pictures = torch.randn(5, 3, 8, 8)
+        >>> fast = sparse_compile(model, pictures)
+        >>> torch.allclose(fast(pictures), model(pictures), atol=1e-5)
+        True
+    """
+    if threads is None:
+        threads = torch.get_num_threads()
+    if threads < 1:
+        raise ValueError(f"`threads` is expected to be at least 1, but {threads} came")
+    for name, tensor in (("example_input", example_input), *model.named_parameters()):
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"`{name}` is expected to be float32 on the CPU, but is {tensor.dtype} on "
+                f"{tensor.device}; convert the model and its input with .float().cpu()"
+            )
+    for name, module in model.named_modules():
+        if module._forward_pre_hooks or module._forward_hooks:
+            raise ValueError(
+                f"`model` is expected to have no hooks, which would not run, but {name!r} has; "
+                "remove them, those of torch.nn.utils.prune with prune.remove or fold_model"
+            )
+    dense = copy.deepcopy(model).eval().requires_grad_(False)
+    network = capture(dense, example_input)
+    try:
+        kernels = toolchain.load()
+    except toolchain.NoCompilerError as error:
+        warnings.warn(
+            f"the model stays dense, as its kernels cannot be built: {error}. Install g++ or "
+            "clang++, or set CXX to a C++17 compiler",
+            stacklevel=2,
+        )
+        return dense
+    machine = Machine(kernels.pruneflow_lanes(), kernels.pruneflow_registers(), threads)
+    compiled = SparseModel(network, machine, _choose(network, machine, kernels))
+    with torch.no_grad():
+        batch = torch.cat([example_input[:1], torch.randn_like(example_input[:1])])
+        difference = compiled.difference(batch, dense(batch))
+    if not difference <= _TOLERANCE:
+        raise RuntimeError(
+            "the compiled model is expected to give what `model` gives, but differs by "
+            f"{difference:.2g} relative in norm; please report this model"
+        )
+    compiled.tune()
+    return compiled
+
+
+class SparseModel(nn.Module):
+    """What `sparse_compile` gives: a network and plans for several numbers of samples at once.
+
+    It can be copied and pickled; a copy on another machine needs a compiler there.
+
+    Args:
+        network: From `graph.capture`.
+        machine: What plans are made for.
+        choices: How convolutions are computed, for the layouts `lanes` (True) and `pixels`.
+        flags: The kernels are built with.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        machine: Machine,
+        choices: Mapping[bool, Choices],
+        flags: Sequence[str] = toolchain.FLAGS,
+    ) -> None:
+        super().__init__()
+        self.network, self.machine, self.choices, self.flags = network, machine, choices, flags
+        samples = [(False, 1), (False, 2), (False, 4)]
+        samples += [(True, machine.lanes * vectors) for vectors in (1, 2, 4)]
+        # Seconds that a plan takes, for each thread on its own samples and for all together.
+        self.costs: dict[tuple[bool, int], tuple[float, float]] = dict.fromkeys(samples, (0.0, 0.0))
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._kernels = toolchain.load(self.flags)
+        self._lock = threading.Lock()
+        self._arena = np.empty(0, np.float32)
+        self._picked: dict[int, tuple[Plan, bool]] = {}
+        self._plans: dict[tuple[bool, int], Plan] = {}
+        for lanes, samples in self.costs:
+            chosen = self.choices[lanes]
+            plan = lower(self.network, self.machine, samples=samples, lanes=lanes, choices=chosen)
+            if plan.arena * self.machine.threads <= _MOST_ARENA or not self._plans:
+                self._plans[lanes, samples] = plan
+        self.costs = {key: self.costs[key] for key in self._plans}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_kernels", "_lock", "_arena", "_picked", "_plans")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._prepare()
+
+    def extra_repr(self) -> str:
+        """Layers, threads and how many samples run at once."""
+        samples = sorted({samples for _, samples in self.costs})
+        return f"layers={len(self.network.layers)}, threads={self.machine.threads}, {samples=}"
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Compute a batch of any size.
+
+        Args:
+            batch: float32 on the CPU, `(batch, ...)` with the rest as in the example.
+        """
+        shape = self.network.input_shape
+        if batch.dtype != torch.float32 or batch.device.type != "cpu" or batch.shape[1:] != shape:
+            raise ValueError(
+                f"`batch` is expected to be float32 on the CPU of shape (any, "
+                f"{', '.join(map(str, shape))}), but {batch.dtype} on {batch.device} of shape "
+                f"{tuple(batch.shape)} came; call sparse_compile again with such an example"
+            )
+        if len(batch) not in self._picked:
+            self._picked[len(batch)] = self._pick(len(batch))
+        return self._run(batch, *self._picked[len(batch)])
+
+    def difference(self, batch: Tensor, expected: Tensor) -> float:
+        """The most by which a plan's result differs from `expected`, relative in norm.
+
+        Args:
+            batch: See `forward`.
+            expected: What the dense model gives for it.
+        """
+        errors = [
+            float((self._run(batch, plan, together) - expected).norm())
+            for plan in self._plans.values()
+            for together in (False, True)
+        ]
+        worst = max(errors, key=lambda error: (math.isnan(error), error))
+        return worst / max(float(expected.norm()), 1e-30) if worst else 0.0
+
+    def tune(self) -> None:
+        """Time the plans, and keep those that are the fastest for some batch size."""
+        threads = self.machine.threads
+        runs = {}
+        for key, plan in self._plans.items():
+            for together, samples in ((False, threads * plan.samples), (True, plan.samples)):
+                batch = torch.zeros(samples, *self.network.input_shape)
+                runs[key, together] = partial(self._run, batch, plan, together)
+        seconds = _race(runs, 0.1)
+        self.costs = {key: (seconds[key, False], seconds[key, True]) for key in self._plans}
+        sizes = range(1, 2 * threads * max(samples for _, samples in self.costs) + 1)
+        best = {self._best(size)[0] for size in sizes}
+        self.costs = {key: self.costs[key] for key in best}
+        self._plans = {key: self._plans[key] for key in best}
+        self._arena = np.empty(0, np.float32)
+
+    def _best(self, count: int) -> tuple[tuple[bool, int], bool]:
+        def seconds(option: tuple[tuple[bool, int], bool]) -> float:
+            key, together = option
+            pieces = math.ceil(count / key[1])
+            alone = math.ceil(pieces / self.machine.threads)
+            return pieces * self.costs[key][1] if together else alone * self.costs[key][0]
+
+        return min(((key, mode) for key in self.costs for mode in (False, True)), key=seconds)
+
+    def _pick(self, count: int) -> tuple[Plan, bool]:
+        key, together = self._best(count)
+        return self._plans[key], together
+
+    def _run(self, batch: Tensor, plan: Plan, together: bool) -> Tensor:
+        batch = batch.detach().contiguous()
+        out = torch.empty(len(batch), *self.network.output_shape)
+        threads = self.machine.threads
+        with self._lock:
+            needed = plan.arena * (1 if together else threads)
+            if self._arena.size < needed:
+                self._arena = _aligned(needed)
+            plan.run(
+                self._kernels,
+                batch.data_ptr(),
+                out.data_ptr(),
+                len(batch),
+                self._arena.ctypes.data,
+                threads=threads,
+                together=together,
+            )
+        return out
+
+
+def _choose(network: Network, machine: Machine, kernels: Any) -> dict[bool, Choices]:
+    """The fastest way for each convolution, in either layout."""
+    single = replace(machine, threads=1)
+    choices: dict[bool, dict[int, Choice]] = {False: {}, True: {}}
+    for layer in network.layers:
+        if layer.weight is None or layer.window is None:
+            continue
+        dense = layer.weight.density > 0.1 and layer.groups == 1
+        few = len(layer.window.corner) <= MOST_POSITIONS and layer.groups == 1
+        for lanes, chosen in choices.items():
+            groups = [
+                1,
+                *((2, 4) if dense else ()),
+                *((machine.lanes,) if few and not lanes else ()),
+            ]
+            padded = (False, True) if lanes and (layer.window.table < 0).any() else (False,)
+            # One setting after the other; all combinations would take long.
+            options = [Choice(group, padded=each) for group in groups for each in padded]
+            best = _fastest(options, network, layer, single, lanes, kernels)
+            options = [replace(best, reach=reach) for reach in _REACHES]
+            chosen[layer.output] = _fastest(options, network, layer, single, lanes, kernels)
+    return {**choices}
+
+
+def _fastest(
+    options: list[Choice],
+    network: Network,
+    layer: Layer,
+    machine: Machine,
+    lanes: bool,
+    kernels: Any,
+) -> Choice:
+    plans = {choice: _alone(network, layer, machine, choice, lanes) for choice in options}
+    arena = _aligned(max(plan.arena for plan in plans.values()))
+    runs = {
+        choice: partial(
+            plan.run,
+            *(kernels, 0, 0, plan.samples, arena.ctypes.data),
+            threads=1,
+            together=True,
+        )
+        for choice, plan in plans.items()
+    }
+    seconds = _race(runs, 0.003)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _alone(network: Network, layer: Layer, machine: Machine, choice: Choice, lanes: bool) -> Plan:
+    """A plan of one convolution, without moving its input and output."""
+    shapes = (network.shapes[layer.inputs[0]], network.shapes[layer.output])
+    only = replace(layer, inputs=(0,), output=1, residual=None)
+    plan = lower(
+        replace(network, layers=(only,), shapes=shapes, output=1),
+        machine,
+        samples=machine.lanes if lanes else 1,
+        lanes=lanes,
+        choices={1: choice},
+    )
+    return replace(plan, steps=plan.steps[1:2])
+
+
+def _race(runs: Mapping[Key, Callable[[], object]], budget: float) -> dict[Key, float]:
+    """The least seconds of each, in turns so that what else the machine does touches all alike.
+
+    Args:
+        runs: What to time.
+        budget: Seconds for each of them, though no fewer than three turns.
+    """
+    least = dict.fromkeys(runs, math.inf)
+    end = time.perf_counter() + budget * len(runs)
+    turn = 0
+    while turn < 3 or time.perf_counter() < end:
+        for key, run in runs.items():
+            run()  # with caches as they are when it alone runs
+            began = time.perf_counter()
+            run()
+            least[key] = min(least[key], time.perf_counter() - began)
+        turn += 1
+    return least
+
+
+def _aligned(floats: int) -> npt.NDArray[np.float32]:
+    """Zeros, as what lies there is computed with where a vector is not full."""
+    whole = np.zeros(floats + 16, np.float32)
+    start = -whole.ctypes.data % 64 // 4
+    return whole[start : start + floats]

@@ -1,0 +1,244 @@
+"""Remove what is dead in a pruned model without changing what it computes."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from pruneflow.deploy.shrinking_flow import Flow
+from pruneflow.deploy.shrinking_layers import Weighted
+from pruneflow.deploy.shrinking_operations import SUMS, makes_a_new_tensor, rule_of
+from pruneflow.deploy.shrinking_rules import Rule
+from pruneflow.deploy.tracing import Storage, is_in_place, out_of_place, tensor_inputs, trace
+from pruneflow.parameters import locate
+
+
+def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False) -> nn.Module:
+    """A smaller dense model that computes the same in evaluation mode.
+
+    Filters, channels, features and heads of attention go when no surviving weight reads or writes
+    them, or when what they hold is a constant, which then goes into the next bias; a residual
+    branch that became a constant is replaced by it. What an operation does that is not understood,
+    or that looks at all channels, as LayerNorm does, stays whole. Channels that a sum still needs
+    but a layer beside it does not are copied around that layer by `torch.index_select`. Where more
+    than 16 channels of a multiple of 16 stay, again a multiple of 16 does: CPUs are no faster on a
+    few less.
+
+    Exact means but for rounding, in evaluation mode, on finite inputs. Any batch size will do, and
+    other sizes of images if they did before. In training mode the statistics of a batch differ, and
+    branches and attention that had to be rewritten do without dropout that is no layer.
+
+    Args:
+        model: The model, pruned: plain, with zeros in place. It is left as it is.
+        example_input: A batch of what the model takes, to learn the shapes from.
+        fixed_size: Whether all inputs will have the size of the example, the batch aside. Then taps
+            of kernels go as well that read nothing but zero padding, as eight of nine do in the
+            last stage of a ResNet on small images. Other sizes are refused by an assertion.
+
+    Returns:
+        A new model in evaluation mode: of the same class, with smaller layers, where the code of
+        `forward` fits them, otherwise a `torch.fx.GraphModule`. Layers keep their names.
+
+    Raises:
+        ValueError: If a mask of `torch.nn.utils.prune` is still on the model, or torch.fx cannot
+            trace it.
+        RuntimeError: If the result does not compute the same for `example_input`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = model[0].weight.data[3:].zero_(), model[0].bias.data[3:].fill_(0.5)
+        >>> shrink(model, torch.zeros(1, 4))
+        Sequential(
+          (0): Linear(in_features=4, out_features=3, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=3, out_features=2, bias=True)
+        )
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    masked = [name for name, slot in locate(model).items() if slot.reparametrized]
+    if masked:
+        raise ValueError(
+            f"`model` is expected to be plain, but {', '.join(masked)} are under the masks of "
+            "torch.nn.utils.prune; make them plain with pruneflow.importers.fold_model(model)"
+        )
+    with torch.no_grad(), torch.device(example_input.device):
+        small = copy.deepcopy(model).eval()
+        expected = small(example_input.clone())
+        traced = trace(small, example_input)
+        own = _own(small, traced)
+        flow, rules = _analyse(traced, own, fixed_size=fixed_size)
+        changed = False
+        while _fold_branches(traced, flow):
+            flow, rules = _analyse(traced, own, fixed_size=fixed_size)
+            changed = True
+        _settle(flow, rules)
+        rewritten = [rule.cut() for rule in rules]
+        if any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules):
+            changed = True
+            _refuse_other_sizes(traced)
+        if changed or any(rewritten):
+            for node in traced.graph.nodes:
+                node.meta.clear()  # of shapes that were
+            traced.graph.lint()
+            small = fx.GraphModule(traced, traced.graph, type(model).__name__).eval()
+        _check(expected, small(example_input.clone()))
+    return small
+
+
+def _own(model: nn.Module, traced: fx.GraphModule) -> set[str]:
+    """Names of the layers and tensors that have one place in the model and are used once."""
+    nodes = Counter(
+        str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr")
+    )
+    tensors, everywhere = (dict(_tensors(module)) for module in (traced, model))
+    places = Counter(id(tensor) for tensor in everywhere.values())
+    places.update(id(tensors[name]) for name in nodes if name in tensors)
+    modules = {name for name in nodes if name not in tensors}
+    users = {
+        str(node.target): len(node.users) for node in traced.graph.nodes if node.op == "get_attr"
+    }
+
+    def alone(name: str) -> bool:
+        if name in modules:
+            layer = traced.get_submodule(name)
+            held = chain(layer.parameters(), layer.buffers())
+            return all(places[id(tensor)] == 1 for tensor in held)
+        return places[id(tensors[name])] == 2 and users[name] == 1
+
+    return {name for name, count in nodes.items() if count == 1 and alone(name)}
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _analyse(traced: fx.GraphModule, own: set[str], *, fixed_size: bool) -> tuple[Flow, list[Rule]]:
+    """Follow constants forward through the graph, and needs backward."""
+    storage = Storage(traced, lambda node: makes_a_new_tensor(traced, node))
+    overwritten = storage.overwritten()
+    flow = Flow(own, fixed_size=fixed_size)
+    rules = []
+    for node in traced.graph.nodes:
+        if node.op in ("placeholder", "get_attr") or node in flow.values:
+            continue
+        rule = Rule(traced, flow, node)
+        if node not in overwritten and node.op != "output":
+            rule = rule_of(traced, flow, node)
+        if not rule.forward():
+            rule = Rule(traced, flow, node)
+            rule.forward()
+        rules.append(rule)
+    for rule in reversed(rules):
+        rule.backward()
+    return flow, rules
+
+
+def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
+    """Replace what a sum or product takes by its constant where all of it is one."""
+    folded = set()
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" or node not in flow.values or len(tensor_inputs(node)) < 2:
+            continue
+        for source in tensor_inputs(node):
+            channels = flow.values.get(source)
+            if channels is None or not (channels.known | ~channels.needed).all():
+                continue
+            others = [other for other in tensor_inputs(node) if other is not source]
+            # Another input has to give the result its shape.
+            if any(o.op != "get_attr" and o.meta["shape"] == node.meta["shape"] for o in others):
+                folded.add(node)
+                _insert_constant(traced, flow, node, source)
+                break
+    for node in [node for node in traced.graph.nodes if node in folded]:
+        constant = traced.get_parameter(_name_of_constant(node))
+        if node.target in SUMS and not node.kwargs and not constant.any():
+            (other,) = (source for source in tensor_inputs(node) if source.op != "get_attr")
+            storage = Storage(traced, lambda node: makes_a_new_tensor(traced, node))
+            if storage.can_stand_for(other, node):
+                node.replace_all_uses_with(other)
+                _remove_unused(traced, node)
+    return bool(folded)
+
+
+def _name_of_constant(node: fx.Node) -> str:
+    return f"{node.name}_constant"
+
+
+def _insert_constant(traced: fx.GraphModule, flow: Flow, node: fx.Node, source: fx.Node) -> None:
+    channels = flow.values[source]
+    shape = [1] * len(source.meta["shape"])
+    shape[channels.dim] = -1
+    constant = channels.constant.reshape(shape).clone()  # 0 where nobody needs it
+    name = _name_of_constant(node)
+    trained = constant.is_floating_point()
+    traced.register_parameter(name, nn.Parameter(constant, trained))
+    with traced.graph.inserting_before(node):
+        place = traced.graph.get_attr(name)
+    place.meta.update(shape=tuple(constant.shape), dtype=constant.dtype)
+    node.replace_input_with(source, place)
+    out_of_place(node)
+    flow.own.add(name)
+    _remove_unused(traced, source)
+
+
+def _remove_unused(traced: fx.GraphModule, node: fx.Node) -> None:
+    sources = node.all_input_nodes
+    writes = is_in_place(traced, node) and any(len(source.users) > 1 for source in sources)
+    if node.users or node.op == "placeholder" or writes:
+        return
+    traced.graph.erase_node(node)
+    for source in sources:
+        _remove_unused(traced, source)
+
+
+def _settle(flow: Flow, rules: list[Rule]) -> None:
+    """Decide what stays."""
+    flow.settle()
+    for rule in rules:
+        if isinstance(rule, Weighted):
+            rule.keep_constants()
+    for channels in flow.values.values():
+        if not flow.kept(channels).any():  # not all backends take tensors without any
+            flow.keep(int(channels.atoms[0]))
+    for rule in rules:
+        if isinstance(rule, Weighted):
+            flow.round_up(rule.result)
+
+
+def _refuse_other_sizes(traced: fx.GraphModule) -> None:
+    graph = traced.graph
+    image = next(node for node in graph.nodes if node.op == "placeholder")
+    size = image.meta["shape"][1:]
+    with graph.inserting_after(image):
+        shape = graph.call_function(getattr, (image, "shape"))
+    with graph.inserting_after(shape):
+        found = graph.call_function(operator.getitem, (shape, slice(1, None)))
+    with graph.inserting_after(found):
+        same = graph.call_function(operator.eq, (found, size))
+    message = f"the input is expected to be of the fixed size {size} this model was shrunk for"
+    with graph.inserting_after(same):
+        graph.call_function(torch._assert, (same, message))
+
+
+def _check(expected: Any, found: Any) -> None:
+    for before, after in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+        if not isinstance(before, Tensor) or not before.is_floating_point():
+            continue
+        error = torch.linalg.vector_norm((after - before).double())
+        scale = torch.linalg.vector_norm(before.double())
+        # Far above what rounding leaves, far below what a mistake makes.
+        if not error <= torch.finfo(before.dtype).eps ** 0.5 * scale:
+            raise RuntimeError(
+                "`model` is expected to compute the same after shrinking, but on `example_input` "
+                f"the relative difference is {float(error / scale):.1e}; its forward pass depends "
+                "on more than the input, or this is a fault of shrink: please report it"
+            )

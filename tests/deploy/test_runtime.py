@@ -1,0 +1,418 @@
+import copy
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+import threading
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from pruneflow.deploy import runtime, toolchain
+from pruneflow.deploy.graph import capture
+from pruneflow.deploy.lowering import lower
+from pruneflow.deploy.plans import Choice, Machine
+from pruneflow.deploy.runtime import SparseModel, sparse_compile
+from pruneflow.deploy.shrink import shrink
+
+pytestmark = pytest.mark.skipif(
+    os.name != "posix", reason="the kernels are built with g++ or clang++ on POSIX"
+)
+WAYS = [
+    *(Choice(group, reach) for group in (1, 2, 4) for reach in (0, 200)),
+    *(Choice(group, 300, padded=True) for group in (1, 4)),
+    Choice(0),  # stands for as many as there are lanes
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def prune(model, density):
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.data[torch.rand_like(module.weight) >= density] = 0
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.normal_()
+            module.bias.data.normal_()
+    return model.eval()
+
+
+SPARSE = Choice()
+
+
+def untimed(model, example, choice=SPARSE, threads=2, flags=toolchain.FLAGS):
+    """All plans of a model, each convolution computed in the same way."""
+    kernels = toolchain.load(flags)
+    machine = Machine(kernels.pruneflow_lanes(), kernels.pruneflow_registers(), threads)
+    network = capture(model, example)
+    choice = dataclasses.replace(choice, group=choice.group or machine.lanes)
+    chosen = {layer.output: choice for layer in network.layers}
+    return SparseModel(network, machine, {False: chosen, True: chosen}, flags)
+
+
+@torch.no_grad()
+def difference(model, batch, *ways, **settings):
+    return untimed(model, batch, *ways, **settings).difference(batch, model(batch))
+
+
+@st.composite
+def convolutions(draw):
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    inputs = groups * draw(st.integers(1, 5))
+    outputs = groups * draw(st.integers(1, 9))
+    kernel, stride, dilation, padding = (
+        (draw(st.integers(low, high)), draw(st.integers(low, high)))
+        for low, high in ((1, 5), (1, 3), (1, 2), (0, 3))
+    )
+    reach = [dilation[axis] * (kernel[axis] - 1) + 1 - 2 * padding[axis] for axis in (0, 1)]
+    size = [draw(st.integers(max(1, each), max(1, each) + 11)) for each in reach]
+    bias = draw(st.booleans())
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
+    conv = prune(conv, draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])))
+    conv.weight.data[draw(st.integers(0, outputs - 1))] = 0
+    batch = draw(st.sampled_from([1, 2, 3, 5, 15, 16, 17, 33, 40]))
+    return conv, torch.randn(batch, inputs, *size)
+
+
+@given(convolutions(), st.sampled_from(WAYS), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_convolutions_equal_those_of_pytorch(case, way, threads):
+    conv, batch = case
+    assert difference(conv, batch, way, threads=threads) < 1e-5
+
+
+class Block(nn.Module):
+    """A residual block, written with what overwrites its input."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.norm1(x))  # x itself stays
+        z = self.norm2(self.conv2(self.relu(self.conv1(y))))
+        functional.relu(x, inplace=True)  # and now it does not
+        z += x
+        return self.relu(z) + y
+
+
+class Dense(nn.Module):
+    """Concatenates, and ends in features by `view`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(5, 7, 3, padding="same")
+        self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+        self.linear = nn.Linear(12 * 16, 3)
+
+    def forward(self, x):
+        x = torch.cat([x, functional.dropout(self.conv(x), training=self.training)], 1)
+        x = functional.avg_pool2d(self.pool(functional.relu6(x)), 2, 1)
+        return self.linear(functional.adaptive_avg_pool2d(x, 4).view(x.size(0), -1))
+
+
+def resnet():
+    return torchvision.models.ResNet(
+        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10
+    )
+
+
+NETWORKS = {
+    "residual": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 1), Block(6), nn.AdaptiveAvgPool2d(3)),
+        (3, 9, 7),
+    ),
+    "dense": (Dense, (5, 11, 8)),
+    "activation first": (
+        lambda: nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.BatchNorm2d(5), nn.ReLU()),
+        (2, 6, 6),
+    ),
+    "mlp": (
+        lambda: nn.Sequential(
+            nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Hardtanh(-0.5, 0.5), nn.Linear(30, 4)
+        ),
+        (20,),
+    ),
+    "pools": (
+        lambda: nn.Sequential(
+            nn.AvgPool2d(3, 2, 1),
+            nn.AvgPool2d((2, 3), ceil_mode=True, count_include_pad=False),
+            nn.MaxPool2d(2, 1, dilation=2),
+            nn.Flatten(),
+            nn.ReLU6(),
+        ),
+        (4, 33, 37),
+    ),
+    "resnet": (resnet, (3, 32, 32)),
+    "mobilenet": (
+        lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.35),
+        (3, 40, 40),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("density", [0.02, 0.3])
+def test_networks_equal_pytorch_in_every_layout(name, density):
+    make, shape = NETWORKS[name]
+    model = prune(make(), density)
+    assert difference(model, torch.randn(19, *shape), Choice(2, 4096, padded=True)) < 1e-5
+
+
+def test_all_weights_zero():
+    model = prune(resnet(), 0.0)
+    assert difference(model, torch.randn(3, 3, 32, 32)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_shrunk_model_that_chooses_channels():
+    model = prune(resnet(), 0.004)
+    batch = torch.randn(5, 3, 32, 32)
+    shrunk = shrink(model, batch)
+    assert any(node.target is torch.index_select for node in shrunk.graph.nodes)
+    assert untimed(shrunk, batch).difference(batch, model(batch)) < 1e-5
+
+
+def test_any_batch_size_after_compiling():
+    model = prune(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)), 0.2
+    )
+    fast = sparse_compile(model, torch.randn(1, 3, 8, 8), threads=2)
+    for size in (0, 1, 2, 5, 16, 31, 64, 129):
+        batch = torch.randn(size, 3, 8, 8).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(fast(batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_nan_and_infinity_stay_in_their_sample():
+    model = prune(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)), 1.0)
+    batch = torch.randn(20, 2, 6, 6)
+    batch[3, 0, 2, 2], batch[5, 1, 0, 0] = float("nan"), float("inf")
+    compiled = untimed(model, batch)
+    expected = model(batch)
+    assert expected[3].isnan().any() and not expected[4].isnan().any()
+    for plan, together in product(compiled._plans.values(), (False, True)):
+        torch.testing.assert_close(compiled._run(batch, plan, together), expected, equal_nan=True)
+
+
+def test_the_model_is_left_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    before = copy.deepcopy(model.state_dict())
+    fast = sparse_compile(model, torch.randn(2, 3, 5, 5))
+    assert model.training and model[0].weight.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not fast.state_dict()
+
+
+def test_copies_and_pickles():
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.3)
+    batch = torch.randn(5, 3, 6, 6)
+    fast = sparse_compile(model, batch)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(other(batch), fast(batch))
+
+
+def test_threads_may_call_it_at_once():
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.3)
+    fast = sparse_compile(model, torch.randn(1, 3, 6, 6), threads=2)
+    batches = [torch.randn(40, 3, 6, 6) for _ in range(4)]
+    wrong = []
+
+    def call(batch):
+        expected = model(batch)
+        wrong.extend(not torch.allclose(fast(batch), expected, atol=1e-5) for _ in range(20))
+
+    callers = [threading.Thread(target=call, args=(batch,)) for batch in batches]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(wrong) == 80 and not any(wrong)
+
+
+def _in_child(fast, batch, queue):
+    queue.put(fast(batch).numpy())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own():
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.3)
+    batch = torch.randn(40, 3, 6, 6)
+    fast = sparse_compile(model, batch, threads=2)
+    expected = fast(batch)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(fast, batch, queue))
+    child.start()
+    assert np.array_equal(queue.get(timeout=20), expected.numpy())
+    child.join(20)
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Gates(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "words"),
+    [
+        (nn.Sequential(nn.Conv2d(2, 2, 1), nn.Softmax(1)), (2, 4, 4), "'_0_1' is a Softmax"),
+        (Branches(), (3,), "traceable by torch.fx"),
+        (Gates(), (3,), "'sigmoid' is a call of sigmoid"),
+        (
+            nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
+            (2, 4, 4),
+            "padding_mode='reflect'",
+        ),
+        (nn.Conv1d(2, 2, 1), (2, 4), "(batch, 2, 4)"),
+        (nn.BatchNorm2d(2, track_running_stats=False), (2, 4, 4), "statistics from the batch"),
+        (nn.MaxPool2d(2, return_indices=True), (2, 4, 4), "not one tensor"),
+        (nn.Linear(4, 2), (3, 4), "(batch, 3, 4)"),
+        (nn.Conv2d(2, 2, 1).double(), (2, 4, 4), "float64"),
+    ],
+)
+def test_refuses_by_name(model, shape, words):
+    with pytest.raises(ValueError, match="is expected to") as refused:
+        sparse_compile(model, torch.randn(1, *shape))
+    assert words in str(refused.value)
+
+
+def test_refuses_other_shapes_and_types():
+    fast = sparse_compile(nn.Conv2d(2, 2, 1), torch.randn(1, 2, 4, 4))
+    for batch in (torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 4, 4).double()):
+        with pytest.raises(ValueError, match=r"shape \(any, 2, 4, 4\)"):
+            fast(batch)
+    with pytest.raises(ValueError, match="`threads`"):
+        sparse_compile(nn.Linear(2, 2), torch.zeros(1, 2), threads=0)
+
+
+def test_refuses_hooks_as_those_of_torch_prune():
+    model = nn.Sequential(nn.Linear(3, 3))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"'0' has; .* prune\.remove"):
+        sparse_compile(model, torch.zeros(1, 3))
+
+
+def test_a_wrong_result_is_refused(monkeypatch):
+    def broken(network, *arguments, **settings):
+        layer = network.layers[0]
+        layer.bias[0] += 1
+        return lower(network, *arguments, **settings)
+
+    monkeypatch.setattr(runtime, "lower", broken)
+    with pytest.raises(RuntimeError, match="differs by"):
+        sparse_compile(nn.Conv2d(2, 2, 1), torch.randn(1, 2, 4, 4))
+
+
+def test_without_a_compiler_the_model_stays_dense(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path))
+    monkeypatch.setattr(toolchain, "load", toolchain.load.__wrapped__)
+    model = nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match="no-such-compiler.*set CXX"):
+        dense = sparse_compile(model, torch.zeros(1, 3))
+    batch = torch.randn(4, 3)
+    assert torch.equal(dense(batch), model(batch))
+
+
+def test_a_build_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "kernels"))
+    with pytest.raises(toolchain.NoCompilerError, match="no-such-flag"):
+        toolchain.build(("-O0", "--no-such-flag"))
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "file"))
+    with pytest.raises(toolchain.NoCompilerError, match="set PRUNEFLOW_CACHE"):
+        toolchain.build()
+
+
+@pytest.mark.skipif("avx512f" not in toolchain._processor(), reason="no AVX-512 to leave out")
+def test_with_the_vectors_of_older_processors():
+    flags = ("-O1", "-mavx2", "-mfma")
+    model = prune(resnet(), 0.1)
+    batch = torch.randn(11, 3, 32, 32)
+    assert difference(model, batch, Choice(2, 4096, padded=True), flags=flags) < 1e-5
+
+
+SANITIZED = ("-O1", "-g", "-fsanitize=address", "-fsanitize=signed-integer-overflow,alignment")
+
+
+@pytest.fixture
+def sanitizer():
+    """The libraries that a process must load first to run sanitized code."""
+
+    def library(name):
+        command = [*toolchain._compiler(), f"-print-file-name={name}"]
+        found = subprocess.run(command, check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    if "/" not in library("libasan.so"):
+        pytest.skip("the compiler has no address sanitizer")
+    # The second as the first looks for what throws exceptions, which Python loads only later.
+    return f"{library('libasan.so')} {library('libstdc++.so.6')}"
+
+
+def test_reads_and_writes_only_what_it_may(sanitizer):
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch, test_runtime as t
+from pruneflow.deploy.plans import Choice
+torch.manual_seed(0)
+for name in ("residual", "dense"):
+    make, shape = t.NETWORKS[name]
+    for choice in (Choice(1, 100), Choice(2, 0, padded=True), Choice(0)):
+        batch = torch.randn(9, *shape)
+        off = t.difference(t.prune(make(), 0.3), batch, choice, flags=t.SANITIZED)
+        assert off < 1e-5, (name, choice, off)
+print("clean")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        # Python and PyTorch keep what they allocate; looking for a compiler takes long.
+        env={
+            **os.environ,
+            "LD_PRELOAD": sanitizer,
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "CXX": shlex.join(toolchain._compiler()),
+        },
+    )
+    assert run.stdout == "clean\n", run.stderr[-3000:]
+
+
+def test_runs_what_was_shrunk_for_one_size_of_images():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    model[0].weight.data[2:] = 0
+    images = torch.randn(2, 3, 1, 1)
+    small = shrink(model, images, fixed_size=True)
+    assert not isinstance(small, nn.Sequential)  # but a graph that asserts the size
+    torch.testing.assert_close(sparse_compile(small, images)(images), model(images))

@@ -1,0 +1,689 @@
+import copy
+import operator
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from torch.nn.utils import prune
+from torchvision.models import MobileNetV2, ResNet, VisionTransformer, mobilenet_v3_small
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.vgg import cfgs, make_layers
+
+from pruneflow import sparsity_report
+from pruneflow.deploy.shrink import shrink
+
+
+def alive(model):
+    """As trained: statistics and biases are not what a fresh model has."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias" or isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(parameter)
+            elif not parameter.any():  # as the head of torchvision's ViT
+                nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def vgg():
+    features = make_layers([c if c == "M" else c // 8 for c in cfgs["A"][:-1]], batch_norm=True)
+    return nn.Sequential(
+        *features, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 32), nn.ReLU(),
+        nn.Dropout(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def convnext():
+    blocks = [CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 2)]
+    return ConvNeXt(blocks, stochastic_depth_prob=0.1, layer_scale=0.5, num_classes=10)
+
+
+def perceptron():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(768, 32), nn.GELU(), nn.Linear(32, 32), nn.Hardswish(),
+        nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(48, 4, 64, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, images):
+        return self.head(self.encoder(images.flatten(2).transpose(1, 2).reshape(-1, 16, 48)))
+
+
+NETWORKS = {
+    "ResNet-10": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10),
+    "ResNet-14": lambda: ResNet(Bottleneck, [1, 1, 1, 1], 10, width_per_group=16),
+    "VGG-11": vgg,
+    "MobileNetV2": lambda: MobileNetV2(num_classes=10, width_mult=0.25),
+    "MobileNetV3": lambda: mobilenet_v3_small(num_classes=10, width_mult=0.25),
+    "ConvNeXt": convnext,
+    "ViT": lambda: VisionTransformer(16, 8, 2, 4, 32, 64, num_classes=10),
+    "encoder": Encoder,
+    "perceptron": perceptron,
+}
+
+
+def matrices(model):
+    weights = [(n, p) for n, p in model.named_parameters() if p.ndim > 1 and "embed" not in n]
+    return [(n, p) for n, p in weights if n not in ("class_token", "conv_proj.weight")]
+
+
+@torch.no_grad()
+def magnitude(model, sparsity=0.98):
+    scaled = [(p, p.abs() / p.abs().mean()) for _, p in matrices(model)]
+    threshold = torch.cat([s.flatten() for _, s in scaled]).quantile(sparsity)
+    for weight, scores in scaled:
+        weight[scores <= threshold] = 0
+
+
+@torch.no_grad()
+def filters(model):
+    for _, weight in matrices(model)[:-1]:
+        weight[torch.randperm(len(weight))[: len(weight) // 2]] = 0
+
+
+@torch.no_grad()
+def layers(model):
+    for _, weight in matrices(model)[1:-1:3]:
+        weight.zero_()
+
+
+@torch.no_grad()
+def branches(model):
+    ends = ("conv2", "conv3", "block.5", "linear2", "mlp.3", "out_proj", "block.3.0", "conv.2")
+    for name, weight in matrices(model):
+        if name.endswith(tuple(f"{end}.weight" for end in ends)):
+            weight.zero_()
+
+
+@torch.no_grad()
+def everything(model):
+    for _, weight in matrices(model):
+        weight.zero_()
+
+
+PRUNINGS = [magnitude, filters, layers, branches, everything]
+
+
+def agree(model, small, images):
+    model, small = model.eval(), small.eval()
+    with torch.no_grad():
+        expected, found = model(images.clone()), small(images.clone())
+    bound = 1e-9 if expected.dtype == torch.float64 else 1e-5
+    return float((found - expected).norm()) <= bound * float(expected.norm())
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pruned", PRUNINGS, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_computes_the_same_with_less(name, pruned):
+    torch.manual_seed(0)
+    model = alive(NETWORKS[name]())
+    pruned(model)
+    if not any((weight == 0).any() for _, weight in matrices(model)):
+        pytest.skip("no branches")
+    model = model.double()
+    small = shrink(model, torch.randn(2, 3, 16, 16).double())
+    assert agree(model, small, torch.randn(5, 3, 16, 16).double())
+    assert parameters(small) < parameters(model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_computes_the_same_in_single_precision(name):
+    torch.manual_seed(0)
+    model = alive(NETWORKS[name]())
+    magnitude(model)
+    small = shrink(model, torch.randn(2, 3, 16, 16))
+    assert agree(model, small, torch.randn(5, 3, 16, 16))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_where_nothing_is_dead_the_model_stays_as_it_is(name):
+    torch.manual_seed(0)
+    model = alive(NETWORKS[name]()).train()
+    with torch.no_grad():
+        for _, weight in matrices(model):
+            weight *= torch.rand_like(weight) < (
+                0.5 if min(weight[0].numel(), len(weight)) > 16 else 2
+            )
+    before = copy.deepcopy(model.state_dict())
+    small = shrink(model, torch.randn(1, 3, 16, 16))
+    assert type(small) is type(model)
+    assert not small.training
+    assert all(module.training for module in model.modules())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert torch.equal(small.state_dict()[key], before[key])
+        assert small.state_dict()[key] is not value
+
+
+def test_other_sizes_of_images_go_through():
+    torch.manual_seed(0)
+    model = alive(NETWORKS["ResNet-10"]())
+    filters(model)
+    small = shrink(model, torch.randn(1, 3, 32, 32))
+    assert agree(model, small, torch.randn(2, 3, 48, 40))
+
+
+def convolutions(*channels, **options):
+    torch.manual_seed(0)
+    layers = [
+        layer
+        for pair in pairwise(channels)
+        for layer in (nn.Conv2d(*pair, 3, **options), nn.ReLU())
+    ]
+    return nn.Sequential(*layers).double()
+
+
+def constant(layer, values):
+    """Let the first filters give these constants."""
+    layer.weight.data[: len(values)] = 0
+    layer.bias.data[: len(values)] = torch.tensor(values, dtype=torch.float64)
+
+
+def test_a_constant_goes_into_the_bias_where_there_is_no_padding():
+    model = convolutions(2, 5, 3)
+    constant(model[0], [0.5, -1.0, 2.0])
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert small[0].weight.shape == (2, 2, 3, 3)
+    expected = (
+        model[2].bias + model[2].weight.sum((2, 3))[:, :3] @ torch.tensor([0.5, 0, 2]).double()
+    )
+    assert torch.allclose(small[2].bias, expected)
+    assert agree(model, small, torch.randn(2, 2, 9, 7).double())
+
+
+def test_constants_that_zero_padding_ends_are_merged_into_one():
+    model = convolutions(2, 6, 3, padding=1)
+    constant(model[0], [0.5, -1.0, 2.0, 1.0])
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert small[0].bias.tolist()[0] == 2  # the largest
+    assert small[2].weight.shape == (3, 3, 3, 3)
+    assert agree(model, small, torch.randn(2, 2, 9, 7).double())
+
+
+def test_a_constant_read_by_taps_that_never_meet_the_padding_is_none_that_varies():
+    model = convolutions(2, 6, 3, padding=1)
+    constant(model[0], [0.5, 1.0, 2.0])
+    inner = model[2].weight.data[:, :3, 1, 1].clone()
+    model[2].weight.data[:, :3] = 0
+    model[2].weight.data[:, :3, 1, 1] = inner
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert small[2].weight.shape == (3, 3, 3, 3)
+    assert 2 not in small[0].bias
+    assert agree(model, small, torch.randn(2, 2, 9, 7).double())
+
+
+@pytest.mark.parametrize(("dead", "left"), [(1, 64), (17, 48), (50, 14)])
+def test_what_stays_of_many_channels_is_a_multiple_of_sixteen(dead, left):
+    model = convolutions(2, 64, 3)
+    constant(model[0], [-1.0] * dead)
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert small[0].out_channels == left
+    assert agree(model, small, torch.randn(2, 2, 9, 7).double())
+
+
+@pytest.mark.parametrize("layer", [nn.AvgPool2d(3, 1, 1), nn.ZeroPad2d(1), nn.MaxPool2d(3, 1, 1)])
+def test_padding_of_other_layers_ends_constants_as_well(layer):
+    model = convolutions(2, 6, 3)
+    constant(model[0], [0.5, 2.0, -1.0])
+    model.insert(2, layer)
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert small[0].out_channels == (3 if isinstance(layer, nn.MaxPool2d) else 5)
+    assert agree(model, small, torch.randn(2, 2, 9, 7).double())
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_other_paddings_leave_constants_alone(mode):
+    model = convolutions(2, 6, 3, padding=1, padding_mode=mode)
+    constant(model[0], [0.5, 1.0, 2.0])
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert small[2].weight.shape == (3, 3, 3, 3)
+    assert agree(model, small, torch.randn(2, 2, 9, 7).double())
+
+
+def test_taps_that_are_zero_on_all_sides_go():
+    model = convolutions(2, 5, 3, padding=1, stride=2)
+    kept = model[0].weight.data[:, :, 1, 1].clone()
+    model[0].weight.data.zero_()
+    model[0].weight.data[:, :, 1, 1] = kept
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert type(small) is nn.Sequential
+    assert small[0].kernel_size == (1, 1) and small[0].padding == (0, 0)
+    assert agree(model, small, torch.randn(2, 2, 9, 7).double())
+
+
+@pytest.mark.parametrize(
+    ("tap", "options"), [(1, {}), (2, {"padding": 1, "stride": 3}), (0, {"padding": 1})]
+)
+def test_taps_stay_where_less_padding_cannot_stand_for_them(tap, options):
+    model = convolutions(2, 5, **options)
+    kept = model[0].weight.data[:, :, tap, tap].clone()
+    model[0].weight.data.zero_()
+    model[0].weight.data[:, :, tap, tap] = kept
+    images = torch.randn(2, 2, 6, 6).double()
+    small = shrink(model, images, fixed_size=True)
+    assert small[0].kernel_size == (3, 3)
+    assert agree(model, small, images)
+
+
+def test_for_a_fixed_size_taps_go_that_read_padding_alone():
+    torch.manual_seed(0)
+    model = alive(NETWORKS["ResNet-10"]())
+    images = torch.randn(3, 3, 32, 32)
+    assert parameters(shrink(model, images)) == parameters(model)
+    small = shrink(model, images[:1], fixed_size=True)
+    assert small.layer4.get_submodule("0").conv1.kernel_size == (2, 2)
+    assert small.layer4.get_submodule("0").conv2.kernel_size == (1, 1)
+    assert agree(model, small, images)
+    torch.export.export(small, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with pytest.raises(AssertionError, match=r"fixed size \(3, 32, 32\)"):
+        small(torch.randn(1, 3, 40, 40))
+
+
+def test_a_dead_branch_becomes_a_constant_that_can_be_trained():
+    torch.manual_seed(0)
+    model = alive(NETWORKS["ResNet-10"]())
+    model.layer2[0].conv2.weight.data.zero_()
+    small = shrink(model, torch.randn(1, 3, 32, 32))
+    assert not [name for name in small.state_dict() if name.startswith("layer2.0.conv")]
+    (name,) = [name for name, _ in small.named_parameters() if name.endswith("constant")]
+    assert small.get_parameter(name).shape == (1, 128, 1, 1)
+    assert agree(model, small, torch.randn(2, 3, 32, 32))
+    small.train()(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+class Added(nn.Module):
+    """x + branch(x), then another convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 16, 3, bias=False)
+        self.branch = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Conv2d(16, 2, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.branch(x)))
+
+
+def test_a_sum_that_is_zero_on_one_side_goes():
+    model = Added().double()
+    model.branch[0].weight.data.zero_()
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert operator.add not in {node.target for node in small.graph.nodes}
+    assert list(small.state_dict()) == ["stem.weight", "head.weight", "head.bias"]
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
+def test_a_branch_works_on_the_channels_it_needs():
+    torch.manual_seed(0)
+    model = alive(Added()).double()
+    model.branch[0].weight.data[:12] = 0
+    model.branch[0].weight.data[:, 4:] = 0
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    assert small.branch.get_submodule("0").weight.shape == (5, 4, 3, 3)
+    assert small.stem.weight.shape[0] == 16
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_go_and_channels_that_every_head_can_spare(batch_first):
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(24, 4, batch_first=batch_first)
+
+        def forward(self, x):
+            attended, _ = self.attention(x, x, x)
+            return x + attended
+
+    torch.manual_seed(0)
+    model = alive(Attending()).double()
+    attention = model.attention
+    weight = attention.in_proj_weight.data
+    nn.init.normal_(attention.in_proj_bias)
+    weight[48:54] = 0  # values of the first head
+    attention.out_proj.weight.data[:, 18:] = 0  # the last head is not read
+    for head in range(4):
+        weight[6 * head : 6 * head + 2] = 0  # two queries of each
+        attention.in_proj_bias.data[6 * head : 6 * head + 2] = 0
+    x = torch.randn(5, 7, 24).double()
+    small = shrink(model, x)
+    shapes = {name: tuple(p.shape) for name, p in small.attention.named_parameters()}
+    assert shapes["q_proj.weight"] == shapes["k_proj.weight"] == (8, 24)
+    assert shapes["v_proj.weight"] == (12, 24)
+    assert shapes["out_proj.weight"] == (24, 12)
+    assert agree(model, small, x[:3, :2])
+
+
+class Flat(nn.Module):
+    def __init__(self, view):
+        super().__init__()
+        self.conv, self.linear, self.view = nn.Conv2d(2, 8, 3), nn.Linear(72, 3), view
+
+    def forward(self, x):
+        return self.linear(self.view(torch.relu(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("view", "same_class"),
+    [
+        (lambda x: x.flatten(1), True),
+        (lambda x: x.view(x.size(0), -1), True),
+        (lambda x: x.reshape(x.shape[0], -1), True),
+        (lambda x: x.view(-1, 72), False),
+    ],
+)
+def test_features_of_a_filter_go_whatever_way_they_are_flattened(view, same_class):
+    torch.manual_seed(0)
+    model = Flat(view).double()
+    constant(model.conv, [-1, 1, 2])
+    small = shrink(model, torch.randn(1, 2, 5, 5).double())
+    assert isinstance(small, Flat) == same_class
+    assert small.linear.weight.shape == (3, 45)
+    assert agree(model, small, torch.randn(4, 2, 5, 5).double())
+
+
+class Reading(nn.Module):
+    """Something of the first convolution's channels stands in the code."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.a, self.b, self.code = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 3, 3), code
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x):
+        return self.b(self.code(self, self.a(x)))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda _, x: x * x.size(1),
+        lambda _, x: x / x.shape[1],
+        lambda _, x: x.view(x.size(0), 8, x.size(2), x.size(3)),
+        lambda _, x: x.view(x.size(0), 2, 4, x.size(2), -1).transpose(1, 2).flatten(1, 2),
+        lambda _, x: torch.einsum("bchw,cd->bdhw", x, torch.eye(8, dtype=x.dtype)),
+        lambda _, x: F.softmax(x, 1),
+        lambda _, x: F.group_norm(x, 2),
+        lambda _, x: x[:, [1, 0, 2, 3, 4, 5, 6, 7]],
+        lambda m, x: F.conv2d(x, m.b.weight.new_ones(8, 8, 1, 1)),
+    ],
+)
+def test_what_is_not_understood_reads_all_channels(code):
+    torch.manual_seed(0)
+    model = Reading(code).double()
+    constant(model.a, [0.5, 1, -1])
+    small = shrink(model, torch.randn(2, 2, 8, 8).double())
+    assert small.a.weight.shape[0] == 8
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda m, x: m.scale * x,
+        lambda _, x: x[:, :, ::2, 1:],
+        lambda _, x: x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2),
+        lambda _, x: x * x.mean((2, 3), keepdim=True),
+        lambda _, x: x * x.mean((2, 3))[:, :, None, None],
+        lambda _, x: F.max_pool2d(F.interpolate(x, scale_factor=2), 3, padding=1),
+        lambda _, x: F.pad(F.avg_pool2d(x, 3, 1, 1), (1, 2, 0, 1)),
+        lambda _, x: x.add_(1).mul_(2),
+        lambda _, x: F.dropout(x, 0.5, training=False) - 0.25,
+    ],
+)
+def test_what_treats_channels_one_by_one_lets_them_go(code):
+    torch.manual_seed(0)
+    model = Reading(code).double()
+    constant(model.a, [-1, -2, -3])
+    with torch.no_grad():
+        model.b.weight[:, :3] = 0
+    small = shrink(model, torch.randn(2, 2, 8, 8).double())
+    assert small.a.weight.shape[0] == 5
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda _, x: x.relu_() + x.neg(),
+        lambda _, x: (x.flatten(2).relu_(), x)[1],
+        lambda _, x: (x.add_(1), x)[1],
+        lambda _, x: torch.relu(x) + x.clamp_(0, 1) + x,
+    ],
+)
+def test_values_that_are_written_over_are_not_taken_for_what_they_were(code):
+    torch.manual_seed(0)
+    model = Reading(code).double()
+    constant(model.a, [-1, 0.5, 3])
+    small = shrink(model, torch.randn(2, 2, 8, 8).double())
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
+def test_a_sum_is_not_left_out_where_its_result_is_written_over():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.dead, self.head = (nn.Conv2d(2, 2, 1) for _ in range(3))
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head((self.dead(x) + x).relu_() + x)
+
+    model = Model().double()
+    nn.init.zeros_(model.dead.weight)
+    nn.init.zeros_(model.dead.bias)
+    small = shrink(model, torch.randn(2, 2, 8, 8).double())
+    assert not hasattr(small, "dead")
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
+def test_shared_and_hooked_layers_stay():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.tied, self.hooked = (nn.Linear(4, 4) for _ in range(3))
+            self.other = nn.Linear(4, 4)
+            self.other.weight = self.tied.weight
+            self.last = nn.Linear(4, 4)
+            self.hooked.register_forward_hook(lambda module, args, output: output + 1)
+
+        def forward(self, x):
+            x = self.twice(self.twice(x).relu()).relu()
+            return self.last(self.hooked(self.other(self.tied(x).relu()).relu()).relu())
+
+    torch.manual_seed(0)
+    model = Twice().double()
+    for layer in (model.twice, model.tied, model.hooked):
+        layer.weight.data[:2] = 0
+    small = shrink(model, torch.randn(2, 4).double())
+    assert small.state_dict().keys() == model.state_dict().keys()
+    assert small.tied.weight is small.other.weight
+    assert agree(model, small, torch.randn(3, 4).double())
+
+
+def test_only_the_first_argument_is_an_input():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, features, shift=None, *, scale=1):
+            out = self.layers(features) * scale
+            return {"logits": out if shift is None else out + shift}
+
+    model = Model().double()
+    model.layers[2].weight.data[:, 3:] = 0
+    x = torch.randn(3, 4).double()
+    small = shrink(model, x)
+    assert small.layers[0].out_features == 3
+    assert torch.allclose(small(x)["logits"], model(x)["logits"], rtol=1e-9)
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model = alive(NETWORKS["ResNet-10"]())
+    filters(model)
+    model.layer2[0].conv2.weight.data.zero_()
+    return shrink(model, torch.randn(1, 3, 32, 32))
+
+
+def test_the_result_is_a_plain_model(small, tmp_path):
+    images = torch.randn(2, 3, 32, 32)
+    assert isinstance(small, fx.GraphModule)
+    torch.save(small, tmp_path / "small.pt")
+    loaded = torch.load(tmp_path / "small.pt", weights_only=False)
+    assert torch.equal(loaded(images), small(images))
+    copied = copy.deepcopy(small)
+    copied.load_state_dict({name: tensor.clone() for name, tensor in small.state_dict().items()})
+    assert sparsity_report(small, images[:1]).multiply_adds < 4e7
+
+
+def test_the_result_exports_and_compiles(small):
+    images = torch.randn(2, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(small, (images,), dynamic_shapes=({0: batch},))
+    found = program.module()(torch.cat([images] * 3))
+    assert torch.allclose(found[:2], small(images), atol=1e-4)
+    compiled = torch.compile(small, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(images), small(images), atol=1e-4)
+
+
+def test_shrinking_twice_changes_nothing_more(small):
+    again = shrink(small, torch.randn(1, 3, 32, 32))
+    assert parameters(again) == parameters(small)
+
+
+def test_masks_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"`model` .* 0.weight .*fold_model"):
+        shrink(model, torch.zeros(1, 4))
+
+
+def test_what_cannot_be_traced_is_refused():
+    class Model(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"`model` .* tracing Model .*control flow"):
+        shrink(Model(), torch.ones(1, 4))
+
+
+def test_what_tracing_cannot_see_is_found_out():
+    class Model(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    with pytest.raises(RuntimeError, match=r"`model` .* the relative difference is 2.0e\+00"):
+        shrink(Model(), torch.ones(1, 4))
+
+
+class RandomNetwork(nn.Module):
+    """Operations drawn at random, each on values drawn from those there are."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.steps = []
+        self.layers = nn.ModuleList()
+        channels = [3]
+        for _ in range(draw(st.integers(2, 9))):
+            index = draw(st.integers(0, len(channels) - 1))
+            size = channels[index]
+            kind = draw(st.sampled_from(["conv", "conv", "depthwise", "norm", "pointwise", "pool",
+                                         "add", "cat", "gate"]))  # fmt: skip
+            other = draw(st.integers(0, len(channels) - 1))
+            layer = self.layer(draw, kind, size)
+            if kind == "add" and channels[other] != size:
+                layer = nn.Conv2d(channels[other], size, 1)
+            self.layers.append(layer)
+            self.steps.append((kind, index, other))
+            new = {"cat": size + channels[other], "conv": getattr(layer, "out_channels", 0)}
+            channels.append(new.get(kind, size))
+        self.head = nn.Linear(4 * channels[-1], 3)
+
+    def layer(self, draw, kind, size):
+        if kind == "conv":
+            kernel, dilation = draw(st.sampled_from([(1, 1), (3, 1), (3, 2)]))
+            options = {
+                "padding": dilation * (kernel // 2),
+                "padding_mode": draw(st.sampled_from(["zeros", "zeros", "reflect", "circular"])),
+                "dilation": dilation,
+                "bias": draw(st.booleans()),
+            }
+            return nn.Conv2d(size, draw(st.integers(1, 5)), kernel, **options)
+        if kind == "depthwise":
+            return nn.Conv2d(size, size, 3, padding=1, groups=size)
+        if kind == "norm":
+            return nn.BatchNorm2d(size)
+        if kind == "pool":
+            return draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))(3, 1, 1)
+        if kind == "gate":
+            return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(size, 2, 1), nn.ReLU(),
+                                 nn.Conv2d(2, size, 1), nn.Hardsigmoid())  # fmt: skip
+        if kind == "pointwise":
+            kinds = [partial(nn.ReLU, inplace=True), nn.ReLU6, nn.GELU, nn.Hardswish, nn.Sigmoid]
+            return draw(st.sampled_from(kinds))()
+        return nn.Identity()
+
+    def forward(self, x):
+        values = [x]
+        for (kind, index, other), layer in zip(self.steps, self.layers, strict=True):
+            value = values[index]
+            if kind == "add":
+                value = value + layer(values[other])
+            elif kind == "cat":
+                value = torch.cat([value, values[other]], 1)
+            elif kind == "gate":
+                value = value * layer(value)
+            else:
+                value = layer(value)
+            values.append(value)
+        return self.head(F.adaptive_avg_pool2d(values[-1], 2).flatten(1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_networks_compute_the_same(data):
+    model = RandomNetwork(data.draw).double()
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    alive(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                kept = data.draw(st.sampled_from([0, 0.3, 0.6, 1]))
+                parameter *= torch.rand_like(parameter) < kept
+                parameter *= torch.rand(len(parameter), *[1] * (parameter.ndim - 1)) < 0.7
+            elif data.draw(st.booleans()):
+                parameter *= torch.rand_like(parameter) < 0.5
+    fixed = shrink(model, torch.randn(1, 3, 7, 7).double(), fixed_size=True)
+    assert agree(model, fixed, torch.randn(2, 3, 7, 7).double())
+    small = shrink(model, torch.randn(1, 3, 7, 7).double())
+    assert agree(model, small, torch.randn(2, 3, 9, 8).double())
+    assert parameters(small) <= parameters(model) + sum(
+        layer.out_channels for layer in model.layers if isinstance(layer, nn.Conv2d)
+    ) + sum(layer.num_features for layer in model.layers if isinstance(layer, nn.BatchNorm2d))
