@@ -243,7 +243,7 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
         assert set(form["seconds"]) == {"1", "3"}
         assert form["bytes"] > 0 and form["peak_bytes"] > 0
     assert (tmp_path / "forms" / "forms.md").read_text().count("\n") == len(forms) + 2
-    for file in ("model.packed", "shrunk.safetensors", "shrunk.onnx"):
+    for file in ("model.packed", "shrunk.pt2", "shrunk.onnx"):
         assert (tmp_path / "forms" / file).stat().st_size > 0
     assert "What is handed over" in run.stdout
 

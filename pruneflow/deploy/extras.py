@@ -11,7 +11,6 @@ _USES = {
     "onnxruntime": "running ONNX files",
     "onnxscript": "exporting to ONNX",
     "openvino": "comparing with OpenVINO",
-    "torch_pruning": "removing whole filters",
 }
 
 

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from pruneflow.deploy.building import Builder, Built, Run
 from pruneflow.deploy.peak import peak_bytes
 
-_MOST_TURNS, _FEWEST_TURNS = 21, 3
+_MOST_TURNS, _FEWEST_TURNS = 11, 3
 _SECONDS = 20.0  # for all forms at one batch size, unless the fewest turns take longer
 _WARM_UP, _BURST = 0.005, 0.02  # seconds that a turn lasts at least; shorter runs are repeated
 _SMALLER, _FASTER = 0.99, 1.05  # what counts as a gain: bytes and times differ by a little anyhow
@@ -108,8 +109,8 @@ def measure_forms(
                     if evaluate is not None:
                         with torch.no_grad():
                             form["accuracy"] = evaluate(built[name].run)
-                    _add_peak(form, built[name], inputs[max(batches)], Path(scratch))
                 forms.append(form)
+            _add_peaks(forms, built, inputs[max(batches)], Path(scratch))
             return forms
     finally:
         torch.set_num_threads(before)
@@ -247,18 +248,29 @@ def _add_times(form: Form, times: Mapping[int, Mapping[str, Sequence[float]]]) -
     form["throughput"] = max(int(size) / seconds for size, seconds in form["seconds"].items())
 
 
-def _add_peak(form: Form, built: Built, batch: Tensor, scratch: Path) -> None:
-    try:
-        source = built.source
-        if isinstance(source, nn.Module):
-            torch.save(source, scratch / "form.pt")
-            source = scratch / "form.pt"
-        torch.save(batch.contiguous(memory_format=built.layout), scratch / "batch.pt")
-        form["peak_bytes"] = peak_bytes(source, scratch / "batch.pt", torch.get_num_threads())
-    except (RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
-        form["note"] = (
-            f"{form['note']} Peak memory was not measured: {str(error).rstrip('.')}.".strip()
-        )
+def _add_peaks(
+    forms: Sequence[Form], built: Mapping[str, Built], batch: Tensor, scratch: Path
+) -> None:
+    threads = torch.get_num_threads()
+
+    def add(form: Form) -> None:
+        own, folder = built[form["name"]], scratch / form["name"]
+        folder.mkdir()
+        try:
+            source = own.source
+            if isinstance(source, nn.Module):
+                torch.save(source, folder / "form.pt")
+                source = folder / "form.pt"
+            torch.save(batch.contiguous(memory_format=own.layout), folder / "batch.pt")
+            form["peak_bytes"] = peak_bytes(source, folder / "batch.pt", threads)
+        except (RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
+            form["note"] = (
+                f"{form['note']} Peak memory was not measured: {str(error).rstrip('.')}.".strip()
+            )
+
+    # The times are taken, and memory does not mind that another form is measured meanwhile.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(add, (form for form in forms if form["name"] in built)))
 
 
 # -- the table's text ------------------------------------------------------------------------------
