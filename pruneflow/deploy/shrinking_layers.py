@@ -38,7 +38,9 @@ class Weighted(Rule):
         self.source = source
         self.result = flow.new(node, dim)
         self.groups = 1 if linear else module.groups
-        self.reached = _reached(module, *self._sizes()) if flow.fixed_size else torch.tensor(True)
+        # Of the images that come and go; when it is cut, others may come.
+        self.sizes = node.all_input_nodes[0].meta["shape"][2:], node.meta["shape"][2:]
+        self.reached = _reached(module, *self.sizes) if flow.fixed_size else torch.tensor(True)
         weight, inside = self._weight(), _never_in_padding(module)
         self.reads = (weight != 0).any(2)
         self.reads_border = (weight[:, :, ~inside] != 0).any(2)
@@ -134,11 +136,6 @@ class Weighted(Rule):
             weight = weight.transpose(0, 1)
         return weight.reshape(*weight.shape[:2], -1).masked_fill(~self.reached, 0)
 
-    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the images that come and go."""
-        source = self.node.all_input_nodes[0]
-        return source.meta["shape"][2:], self.node.meta["shape"][2:]
-
     def _used_taps(self) -> list[tuple[int, int, int]] | None:
         """Per dimension the first and last tap of a smaller kernel, and its padding."""
         module = self.module
@@ -148,7 +145,7 @@ class Weighted(Rule):
             return None
         used = (self._weight() != 0).any(0).any(0).reshape(module.kernel_size)
         taps = []
-        for dim, (size, result) in enumerate(zip(*self._sizes(), strict=True)):
+        for dim, (size, result) in enumerate(zip(*self.sizes, strict=True)):
             kernel, stride = module.kernel_size[dim], module.stride[dim]
             dilation, padding = module.dilation[dim], module.padding[dim]
             places = used.movedim(dim, 0).reshape(kernel, -1).any(1).nonzero().flatten().tolist()
