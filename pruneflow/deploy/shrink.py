@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from pruneflow.deploy.shrinking_flow import Flow
-from pruneflow.deploy.shrinking_layers import Weighted
-from pruneflow.deploy.shrinking_operations import SUMS, makes_a_new_tensor, rule_of
-from pruneflow.deploy.shrinking_rules import Rule
-from pruneflow.deploy.tracing import Storage, is_in_place, out_of_place, tensor_inputs, trace
+from pruneflow.channels.flow import Flow
+from pruneflow.channels.layers import Weighted
+from pruneflow.channels.operations import SUMS, makes_a_new_tensor, rule_of
+from pruneflow.channels.rules import Rule
+from pruneflow.channels.tracing import Storage, is_in_place, out_of_place, tensor_inputs, trace
 from pruneflow.parameters import locate
 
 

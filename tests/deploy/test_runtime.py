@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from pruneflow.deploy import runtime, toolchain
-from pruneflow.deploy.graph import capture
-from pruneflow.deploy.lowering import lower
-from pruneflow.deploy.plans import Choice, Machine
-from pruneflow.deploy.runtime import SparseModel, sparse_compile
+from pruneflow.deploy.runtime import model as runtime
+from pruneflow.deploy.runtime import toolchain
+from pruneflow.deploy.runtime.graph import capture
+from pruneflow.deploy.runtime.lowering import lower
+from pruneflow.deploy.runtime.model import SparseModel, sparse_compile
+from pruneflow.deploy.runtime.plans import Choice, Machine
 from pruneflow.deploy.shrink import shrink
 
 pytestmark = pytest.mark.skipif(
@@ -383,7 +384,7 @@ def test_reads_and_writes_only_what_it_may(sanitizer):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch, test_runtime as t
-from pruneflow.deploy.plans import Choice
+from pruneflow.deploy.runtime.plans import Choice
 torch.manual_seed(0)
 for name in ("residual", "dense"):
     make, shape = t.NETWORKS[name]

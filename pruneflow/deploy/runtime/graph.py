@@ -14,7 +14,16 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
-from pruneflow.deploy.layers import INFINITY, Layer, Network, Pair, Shape, Weight, Window, fuse
+from pruneflow.deploy.runtime.layers import (
+    INFINITY,
+    Layer,
+    Network,
+    Pair,
+    Shape,
+    Weight,
+    Window,
+    fuse,
+)
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _CLAMPS = {  # those without further arguments: the lowest and the highest value

@@ -1,4 +1,4 @@
-// The interface between pruneflow/deploy/lowering.py and the native code: a plan is an array of
+// The interface between pruneflow/deploy/runtime/lowering.py and the native code: a plan is an array of
 // steps over one arena of floats. All addresses are floats from the arena's start.
 //
 // Two layouts of an activation of C channels and P pixels, for plans of m samples:

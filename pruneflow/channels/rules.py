@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pruneflow.deploy.shrinking_flow import Channels, Flow
-from pruneflow.deploy.tracing import tensor_inputs
+from pruneflow.channels.flow import Channels, Flow
+from pruneflow.channels.tracing import tensor_inputs
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}

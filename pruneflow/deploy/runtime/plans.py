@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pruneflow.deploy.layers import Integers
+from pruneflow.deploy.runtime.layers import Integers
 
 MOST_ROWS = 8
 MOST_POSITIONS = 8  # of layers whose vectors hold output channels

@@ -1,4 +1,4 @@
-// Runs a plan made by pruneflow/deploy/lowering.py; see runtime.h for layouts and terms.
+// Runs a plan made by pruneflow/deploy/runtime/lowering.py; see runtime.h for layouts and terms.
 #include "runtime.h"
 #include "threads.h"
 #include <algorithm>

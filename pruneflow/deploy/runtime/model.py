@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pruneflow.deploy import toolchain
-from pruneflow.deploy.graph import capture
-from pruneflow.deploy.layers import Layer, Network
-from pruneflow.deploy.lowering import lower
-from pruneflow.deploy.plans import MOST_POSITIONS, Choice, Machine, Plan
+from pruneflow.deploy.runtime import toolchain
+from pruneflow.deploy.runtime.graph import capture
+from pruneflow.deploy.runtime.layers import Layer, Network
+from pruneflow.deploy.runtime.lowering import lower
+from pruneflow.deploy.runtime.plans import MOST_POSITIONS, Choice, Machine, Plan
 
 _TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
 _MOST_ARENA = 2**27  # floats of all threads; plans that need more are left out

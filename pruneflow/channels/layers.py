@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruneflow.deploy.shrinking_flow import rounded_up
-from pruneflow.deploy.shrinking_rules import Rule
+from pruneflow.channels.flow import rounded_up
+from pruneflow.channels.rules import Rule
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

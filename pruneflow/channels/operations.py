@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pruneflow.deploy.shrinking_flow import Flow
-from pruneflow.deploy.shrinking_layers import Attention, Weighted
-from pruneflow.deploy.shrinking_rules import (
+from pruneflow.channels.flow import Flow
+from pruneflow.channels.layers import Attention, Weighted
+from pruneflow.channels.rules import (
     NORMS,
     Carried,
     Concatenated,
@@ -21,7 +21,7 @@ from pruneflow.deploy.shrinking_rules import (
     Sizes,
     flattens,
 )
-from pruneflow.deploy.tracing import tensor_inputs
+from pruneflow.channels.tracing import tensor_inputs
 
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pruneflow.deploy.layers import Integers, Layer, Network
-from pruneflow.deploy.plans import (
+from pruneflow.deploy.runtime.layers import Integers, Layer, Network
+from pruneflow.deploy.runtime.plans import (
     ARRAYS,
     KINDS,
     MOST_POSITIONS,
