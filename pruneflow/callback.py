@@ -9,27 +9,28 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.companions import denser_choices
+from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
+from pruneflow.granularity import Channels, Granularity
 from pruneflow.importance import Importance, magnitude, needs_gradients
+from pruneflow.logged import Logged
 from pruneflow.masking import Masking, Reparametrize
-from pruneflow.masks import MaskSet, Scope
+from pruneflow.masks import MaskSet
 from pruneflow.parameters import Pattern
 from pruneflow.plan import Clock, Plan, has_rounds
 from pruneflow.pruner import Pruner
 from pruneflow.resuming import VERSION, check_state, method_state
 from pruneflow.rewinding import LearningRateSnapshot, OptimizerState, check_optimizer_state
 from pruneflow.schedules import ScheduleLike
+from pruneflow.scope import Scope
 from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
-from pruneflow.trainers import averaged_models, check_strategy, schedulers, training_length
-
-# Of what is logged in one epoch the last counts, and masks only grow; processes agree on it.
-_LOGGED_PER_EPOCH: Any = {
-    "on_step": False,
-    "on_epoch": True,
-    "reduce_fx": "max",
-    "sync_dist": True,
-    "batch_size": 1,
-}
+from pruneflow.trainers import (
+    averaged_models,
+    check_strategy,
+    example_input,
+    schedulers,
+    training_length,
+)
 
 
 class PruningCallback(L.Callback):
@@ -50,6 +51,10 @@ class PruningCallback(L.Callback):
         importance: Scores, higher = keep, or a pruning method of torch; see `Pruner`.
         gradients: Where an importance such as `taylor` gets the gradients it needs:
             `Gradients(loss, batches=8)`.
+        granularity: What is removed together: `NM(2, 4)`, `Block(1, 16)` or whole `Channels()`;
+            None for each weight by itself.
+        costs: `multiply_adds` or `latency`, to let the schedule count these instead of weights; or
+            qualified name -> cost of each weight of that tensor.
         scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
         include: Globs over qualified names and module types; None for what is prunable by default.
         exclude: What to leave out.
@@ -84,6 +89,8 @@ class PruningCallback(L.Callback):
         *,
         importance: Importance | TorchMethod = magnitude,
         gradients: Gradients | None = None,
+        granularity: Granularity | None = None,
+        costs: Costs | Mapping[str, float] | None = None,
         scope: Scope = "global",
         include: Sequence[Pattern] | None = None,
         exclude: Sequence[Pattern] = (),
@@ -125,6 +132,8 @@ class PruningCallback(L.Callback):
         Plan.lay(schedule, self.clock, None if has_rounds(schedule) else self.clock.start + 1)
         self.importance = importance
         self.gradients = gradients
+        self.granularity = granularity
+        self.costs = costs
         self.scope = scope
         self.include = include
         self.exclude = exclude
@@ -142,9 +151,8 @@ class PruningCallback(L.Callback):
         self.round = 0
         self._masks: dict[str, Any] = {}
         self._learning_rate: LearningRateSnapshot | None = None
-        self._pruned = 0
-        self._per_layer: dict[str, float] = {}
-        self._logged: int | None = None
+        self._logged = Logged()
+        self._costs: Mapping[str, float] | None = None
 
     @property
     def state_key(self) -> str:
@@ -158,6 +166,11 @@ class PruningCallback(L.Callback):
         """Cumulative sparsity of the masks that are held, or were when training ended."""
         held = self.pruner.masks if self.pruner else None
         return (held or MaskSet.from_state(self._masks)).sparsity
+
+    @property
+    def cost_per_weight(self) -> Mapping[str, float] | None:
+        """Qualified name -> cost of each weight; None where weights are counted, or before fit."""
+        return self._costs if callable(self.costs) else self.costs
 
     # -- Lightning calls these, in this order -----------------------------------------------------
 
@@ -188,9 +201,16 @@ class PruningCallback(L.Callback):
         self._model = pl_module
         self._learning_rate = None  # of another fit's optimizers
         finished = self.plan is not None and self.round == len(self.plan.rounds)
+        granularity = self.granularity
+        if isinstance(granularity, Channels) and granularity.example_input is None:
+            granularity = Channels(example_input(pl_module))
+        if callable(self.costs) and self._costs is None:
+            self._costs = self.costs(pl_module, example_input(pl_module))
         self.pruner = Pruner(
             pl_module,
             importance=self.importance,
+            granularity=granularity,
+            costs=self.cost_per_weight,
             scope=self.scope,
             include=self.include,
             exclude=self.exclude,
@@ -205,7 +225,8 @@ class PruningCallback(L.Callback):
         else:
             length = training_length(trainer, pl_module, self.clock, has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
-            rank_zero_info(f"Pruning plan:\n{self.plan.table(self.pruner.weights)}")
+            table = self.plan.table(None if self.costs else self.pruner.weights)
+            rank_zero_info(f"Pruning plan:\n{table}")
             for message in denser_choices(trainer, self.plan):
                 rank_zero_warn(message)
         if self.pruner.frozen:
@@ -223,7 +244,7 @@ class PruningCallback(L.Callback):
         """Hold the masks so far, once optimizers exist and a checkpoint has been loaded."""
         assert self.plan is not None and self.pruner is not None  # made when fit began
         self._take_restored()  # some strategies load a checkpoint only now
-        self._logged = None  # no epoch of this fit yet
+        self._logged.epoch = None  # none of this fit yet
         if self.rewind and self._learning_rate is None:
             self._learning_rate = LearningRateSnapshot(trainer.optimizers, schedulers(trainer))
         if self._masks:
@@ -234,7 +255,7 @@ class PruningCallback(L.Callback):
             self.pruner.hold_zeros()
             self.plan.check_start(self.pruner.masks.sparsity)
         self._mask_averages(trainer)
-        self._measure()
+        self._logged.measure(self.pruner, self.round)
         due = self._due(trainer)
         if due - self.round > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -246,7 +267,7 @@ class PruningCallback(L.Callback):
         """Prune if a round is due at this epoch; log the sparsity of the epoch."""
         if self.clock.unit == "epoch":
             self._run_due_rounds(trainer)
-        self._log(trainer, pl_module)
+        self._logged.log(trainer, pl_module, _logged(trainer))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -255,14 +276,14 @@ class PruningCallback(L.Callback):
         assert self.pruner is not None  # made when fit began
         self.pruner.follow(trainer.optimizers)
         # A training that resumes within an epoch does not start it, but has to prune and log.
-        if self._run_due_rounds(trainer) or self._logged != trainer.current_epoch:
-            self._log(trainer, pl_module)
+        if self._run_due_rounds(trainer) or self._logged.epoch != trainer.current_epoch:
+            self._logged.log(trainer, pl_module, _logged(trainer))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is being validated: a checkpoint saved then must not go by last epoch's name."""
         if self.pruner is not None and not (trainer.sanity_checking or trainer.barebones):
             # Not to the logger, which gets the same numbers at the epoch's end.
-            self._log_totals(trainer, pl_module, logger=False)
+            self._logged.log_totals(pl_module, _logged(trainer), logger=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
@@ -270,7 +291,8 @@ class PruningCallback(L.Callback):
         return {
             "version": VERSION,
             "round": self.round,
-            "method": method_state(self.importance, self.scope, self.rewind),
+            "method": self._method(),
+            "costs": dict(self._costs) if self._costs else None,
             "plan": self.plan.state() if self.plan else None,
             "masks": held.state() if held else self._masks,
             "learning_rate": self._learning_rate.state() if self._learning_rate else None,
@@ -331,7 +353,7 @@ class PruningCallback(L.Callback):
             self.pruner.prune_to(sparsity, round=due, gradients=gradients)
         self.round = due
         self._mask_averages(trainer)
-        self._measure()
+        self._logged.measure(self.pruner, self.round)
         if self._learning_rate is not None:
             self._learning_rate.restore(trainer.optimizers, schedulers(trainer))
         return True
@@ -352,30 +374,14 @@ class PruningCallback(L.Callback):
                         f"different tensors, but two select {', '.join(both)}; exclude them in one"
                     )
 
-    def _measure(self) -> None:
-        assert self.pruner is not None
-        masks = self.pruner.masks
-        self._pruned = masks.pruned
-        self._per_layer = {
-            f"sparsity/{name}": MaskSet({name: mask}).sparsity for name, mask in masks.items()
-        }
-
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._logged = trainer.current_epoch
-        if not trainer.barebones:  # which logs nothing, and warns of every log
-            pl_module.log_dict(self._per_layer, **_LOGGED_PER_EPOCH)
-            self._log_totals(trainer, pl_module)
-
-    def _log_totals(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, logger: bool | None = None
-    ) -> None:
-        # Each of several callbacks logs what all have pruned by now; the last of the logs counts.
-        callbacks = pruning_callbacks(trainer)
-        pruned = sum(callback._pruned for callback in callbacks)
-        weights = sum(callback.pruner.weights for callback in callbacks if callback.pruner)
-        reached = max(callback.round for callback in callbacks)
-        totals = {"sparsity": pruned / weights, "round": float(reached)}
-        pl_module.log_dict(totals, prog_bar=True, logger=logger, **_LOGGED_PER_EPOCH)
+    def _method(self) -> dict[str, str]:
+        return method_state(
+            importance=self.importance,
+            scope=self.scope,
+            rewind=self.rewind,
+            granularity=self.granularity,
+            costs=self.costs,
+        )
 
     def _take_restored(self) -> None:
         state, self._restored = self._restored, None
@@ -391,11 +397,14 @@ class PruningCallback(L.Callback):
         check_state(
             state,
             self.plan.state(),
-            method_state(self.importance, self.scope, self.rewind),
+            self._method(),
             longer_is_other=has_rounds(self.schedule),
         )
         self.round = state["round"]
         self._masks = state["masks"]
+        if state["costs"] is not None:  # measured, so another measurement would find others
+            assert self.pruner is not None
+            self._costs = self.pruner.costs = state["costs"]
         saved = state["learning_rate"]
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None
 
@@ -411,6 +420,10 @@ def pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:
     """The PruningCallbacks of a Trainer, in their order."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, PruningCallback)]
+
+
+def _logged(trainer: L.Trainer) -> list[Logged]:
+    return [each._logged for each in pruning_callbacks(trainer) if each.pruner is not None]
 
 
 def _claimed(pruner: Pruner) -> set[str]:

@@ -24,10 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pruneflow.deployment import Deployment
-from pruneflow.experiment import Experiment, drop_checkpoints
+from pruneflow.experiment import Experiment
 from pruneflow.facts import Facts
 from pruneflow.report import forms_summary, summary
 from pruneflow.resources import resource_dir
+from pruneflow.run_folder import drop_checkpoints
 
 _log = logging.getLogger(__name__)
 

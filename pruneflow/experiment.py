@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -16,9 +15,7 @@ import lightning as L
 from filelock import FileLock
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pruneflow import provenance
 from pruneflow.callback import PruningCallback
@@ -30,11 +27,12 @@ from pruneflow.files import write_whole
 from pruneflow.gradients import Gradients
 from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
 from pruneflow.importance import needs_gradients
-from pruneflow.masks import resolve_scope
 from pruneflow.models import Classifier, load_weights
 from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan, pruned_count
 from pruneflow.report import write_report
+from pruneflow.run_folder import drop_checkpoints, load_network, save_network
+from pruneflow.scope import resolve_scope
 from pruneflow.sparsity import sparsity_report
 from pruneflow.torch_methods import check_scope, is_torch_method
 
@@ -92,6 +90,8 @@ class Experiment:
 
         self.schedule = instantiate(config.schedule)
         self.importance = instantiate(config.importance)
+        self.granularity = instantiate(config.granularity) if config.granularity else None
+        self.costs = instantiate(config.costs) if config.costs else None
         self.plan, clock = self._lay_plan()
         L.seed_everything(config.seed, verbose=False)
         with self._timed("data"):
@@ -117,6 +117,8 @@ class Experiment:
             self.schedule,
             importance=self.importance,
             gradients=gradients,
+            granularity=self.granularity,
+            costs=self.costs,
             scope=_in_classifier(self.scope),
             include=_in_classifier(list(self.selection.slots)),
             start_epoch=clock.start,
@@ -146,7 +148,7 @@ class Experiment:
             (self.folder / "report.html").unlink(missing_ok=True)
             drop_checkpoints(self.folder)
         weights = sum(slot.parameter.numel() for slot in self.selection.slots.values())
-        table = self.plan.table(weights)
+        table = self.plan.table(weights if self.costs is None else None)
         _log.info("Plan:\n%s", table)
         with write_whole(self.folder / "plan.txt") as path:
             path.write_text(table + "\n")
@@ -202,6 +204,8 @@ class Experiment:
         start = self.config.dense.epochs
         epochs = self.config.pruning.epochs
         classifier = self._classifier(self.network, self.schedule_epochs)
+        if self.granularity is not None or self.costs is not None:
+            classifier.example_input_array = self._example()
         watch = RoundWatch(self.pruning)
         _log.info("%d rounds: %d epochs", len(self.plan.rounds), epochs)
         rows = self._fit("rounds", classifier, start, start + epochs, rows, self.pruning, watch)
@@ -284,6 +288,9 @@ class Experiment:
         progress.ready = progress.started = progress.processed = progress.completed = start
         return trainer
 
+    def _example(self) -> Tensor:
+        return next(self.network.parameters()).new_zeros(1, *self.data.image_shape)
+
     def _checkpoint(self, stage: str) -> Path:
         return self.folder / "checkpoints" / f"{stage}.ckpt"
 
@@ -320,14 +327,15 @@ class Experiment:
         per_class: list[float],
         forms: list[Form],
     ) -> Facts:
-        weight = next(self.network.parameters())
-        example = weight.new_zeros(1, *self.data.image_shape)
-        report = sparsity_report(
-            self.network,
-            example,
-            include=list(self.selection.slots),
-        )
-        weights = report.weights
+        slots = self.selection.slots
+        report = sparsity_report(self.network, self._example(), include=list(slots))
+        weights, costs = report.weights, self.pruning.cost_per_weight
+        price = {
+            layer.name: 1.0 if costs is None else costs[f"network.{layer.name}"]
+            for layer in report.layers
+        }
+        removed = sum(price[layer.name] * layer.zeros for layer in report.layers)
+        total = sum(price[layer.name] * layer.weights for layer in report.layers)
         return {
             "recipe": self.recipe,
             "command": self.command,
@@ -339,6 +347,8 @@ class Experiment:
             "scope": str(self.scope),
             "schedule": repr(self.schedule),
             "importance": getattr(self.importance, "__name__", repr(self.importance)),
+            "granularity": "weights" if self.granularity is None else repr(self.granularity),
+            "costs": getattr(self.costs, "__name__", None),
             "classes": list(self.data.classes),
             "plan": [
                 {
@@ -347,7 +357,7 @@ class Experiment:
                     "amount": planned.amount,
                     "sparsity": planned.sparsity,
                     "kept": None
-                    if planned.sparsity is None
+                    if planned.sparsity is None or costs is not None
                     else weights - pruned_count(planned.sparsity, weights),
                 }
                 for planned in self.plan.rounds
@@ -361,6 +371,7 @@ class Experiment:
             "rounds": rounds,
             "final": {
                 "sparsity": report.sparsity,
+                "removed": removed / total,
                 "val_accuracy": final["val_accuracy"],
                 "test_accuracy": final["test_accuracy"],
                 "test_per_class": per_class,
@@ -389,35 +400,6 @@ class Experiment:
             "seconds": self.seconds,
             "frozen": list(self.selection.frozen),
         }
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints in a run folder, which a finished run has no use for."""
-    for path in (folder / "checkpoints").glob("*.ckpt"):
-        path.unlink()
-
-
-def save_network(network: nn.Module, path: Path, rows: list[Row] | None = None) -> None:
-    """Write a network's `state_dict` as safetensors, whole or not at all.
-
-    Args:
-        network: The network.
-        path: The file.
-        rows: History to keep with it, as metadata.
-    """
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
-    }
-    with write_whole(path) as temporary:
-        save_file(tensors, temporary, None if rows is None else {"history": json.dumps(rows)})
-
-
-def load_network(network: nn.Module, path: Path) -> list[Row]:
-    """Read back what `save_network` wrote, and return the history that was kept with it."""
-    with safe_open(path, framework="pt") as file:
-        network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        rows: list[Row] = json.loads(file.metadata()["history"])
-    return rows
 
 
 def _in_classifier(patterns: Any) -> Any:

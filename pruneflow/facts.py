@@ -40,6 +40,7 @@ class Final(TypedDict):
     """The network that the run hands over."""
 
     sparsity: float
+    removed: float  # fraction of what the target counts: of the weights, or of their costs
     val_accuracy: float
     test_accuracy: float
     test_per_class: list[float]
@@ -81,6 +82,8 @@ class Facts(TypedDict):
     scope: str
     schedule: str
     importance: str
+    granularity: str
+    costs: str | None  # None: targets count weights
     classes: list[str]
     plan: list[PlannedRound]
     dense: DensePhase

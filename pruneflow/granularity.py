@@ -1,0 +1,390 @@
+"""Unit: what is removed together, if not each weight: N of M, blocks or whole channels."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pruneflow.channels.coupling import Coupling, find_coupling
+from pruneflow.channels.flow import LANES
+from pruneflow.parameters import locate
+from pruneflow.schedules import check_fraction
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep the `n` most important of each `m` neighbouring weights along the input of a layer.
+
+    2 of 4 is what NVIDIA's sparse tensor cores compute with. Rounds below the sparsity 1 - n/m,
+    which is the most there can be, prune from what is not among the `n` of its group.
+
+    Args:
+        n: How many of a group stay at least.
+        m: Size of a group; the number of input channels or features has to be a multiple of it.
+
+    Raises:
+        ValueError: If not 0 < n < m.
+
+    Example:
+        >>> from pruneflow import compute_masks, magnitude
+        >>> weights = {"weight": torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.1, 0.4, 0.3, 0.2]])}
+        >>> compute_masks(weights, 0.5, importance=magnitude, granularity=NM(2, 4))["weight"]
+        tensor([[ True,  True, False, False, False,  True,  True, False]])
+
+    References:
+        Mishra et al. 2021, https://arxiv.org/abs/2104.08378.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"`n` and `m` are expected to be 0 < n < m, but {self} came")
+
+    def check(self, shapes: Mapping[str, torch.Size], sparsity: float) -> None:
+        """Refuse tensors without whole groups, and what would take more than m - n of a group.
+
+        Raises:
+            ValueError: Naming the tensors, or the sparsity.
+        """
+        uneven = [f"{n} {tuple(s)}" for n, s in shapes.items() if len(s) < 2 or s[1] % self.m]
+        if uneven:
+            raise ValueError(
+                f"`granularity` {self} is expected to get weights with a multiple of {self.m} "
+                f"inputs (dimension 1), but {', '.join(uneven)} came; `exclude` them"
+            )
+        if sparsity > 1 - self.n / self.m:
+            raise ValueError(
+                f"`sparsity` is expected to be at most {1 - self.n / self.m:.6g} with {self}, but "
+                f"{sparsity!r} came; lower it, or keep fewer of each {self.m}"
+            )
+
+    def protect(self, scores: Tensor) -> Tensor:
+        """Raise the `n` highest scores of each group, of equal ones the last, to infinity."""
+        groups = scores.movedim(1, -1).unflatten(-1, (-1, self.m))
+        best = groups.argsort(dim=-1, stable=True)[..., self.m - self.n :]
+        protected: Tensor = groups.scatter(-1, best, torch.inf).flatten(-2).movedim(-1, 1)
+        return protected
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keep or remove blocks of a weight seen as a matrix, outputs x everything else.
+
+    Args:
+        rows: Rows of a block; at the edges of a matrix blocks may be smaller.
+        columns: Columns of a block; None for whole rows, which are filters.
+
+    Raises:
+        ValueError: If a size is less than 1.
+
+    Example:
+        >>> from pruneflow import compute_masks, magnitude
+        >>> weights = {"weight": torch.tensor([[4.0, 1.0, 0.0, 5.0], [1.0, 1.0, 1.0, 1.0]])}
+        >>> compute_masks(weights, 0.5, importance=magnitude, granularity=Block(1, 2))["weight"]
+        tensor([[ True,  True,  True,  True],
+                [False, False, False, False]])
+    """
+
+    rows: int = 1
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or (self.columns is not None and self.columns < 1):
+            raise ValueError(f"`rows` and `columns` are expected to be at least 1, but {self} came")
+
+    def units(self, shapes: Mapping[str, torch.Size]) -> Units:
+        """The blocks of tensors of these shapes."""
+        return _Blocks(self, shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Keep or remove whole channels, with all that belongs to them, so that they can be cut out.
+
+    A channel is the filters that write it (several where a residual sum adds them up), what batch
+    norm does with it, and the weights that read it. Its score is the mean over all those weights,
+    of convolutions and Linear, relative to the mean of their tensor: layers differ in scale. Rounds
+    remove the channels with the lowest scores, as few as reach the target: the fraction of the
+    weights (or of their cost) that is gone. Every layer keeps one channel, and where it keeps more
+    than 16 of a multiple of 16, a multiple of 16, as `deploy.shrink` does. With scope `"layer"` all
+    layers lose the same fraction of channels.
+
+    What writes to layers that look at all channels, such as LayerNorm or attention, stays whole, as
+    do the outputs of layers that are excluded.
+
+    Args:
+        example_input: What the model takes, to follow the channels through its forward pass. None
+            for the `example_input_array` of a LightningModule.
+
+    Example:
+        >>> from pruneflow import Pruner
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> _ = model[0].weight.data[1].zero_()
+        >>> pruner = Pruner(model, granularity=Channels(torch.zeros(1, 4)), optimizers=[])
+        >>> pruner.prune_to(0.3)["0.bias"]
+        tensor([ True, False,  True])
+
+    References:
+        Li et al. 2017, https://arxiv.org/abs/1608.08710; Fang et al. 2023 (DepGraph),
+        https://arxiv.org/abs/2301.12900.
+    """
+
+    example_input: Tensor | None = field(default=None, repr=False)
+
+    def couple(self, model: nn.Module, names: Collection[str]) -> CoupledChannels:
+        """Find the channels of a model that the pruning of some of its weights can remove.
+
+        Args:
+            model: The model; it is left as it is.
+            names: Qualified names of the weights to prune.
+
+        Raises:
+            ValueError: If there is no example input, torch.fx cannot trace the model, or no channel
+                can be removed.
+        """
+        if self.example_input is None:
+            raise ValueError(
+                "`example_input` is expected to be a batch of what the model takes, but None came; "
+                "give Channels(example_input), or set `self.example_input_array` in the "
+                "LightningModule"
+            )
+        shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
+        coupling = find_coupling(model, self.example_input)
+        return CoupledChannels(coupling, shapes, names)
+
+
+Granularity = NM | Block | Channels
+
+
+class Units(Protocol):
+    """Groups of weights that stay or go together."""
+
+    relative: bool
+    """Whether scores count relative to the mean of their tensor."""
+    step: int
+    """How many may go at once."""
+
+    def sums(self, entries: Callable[[str], Tensor]) -> Tensor:
+        """Per unit the sum, in float64, over its weights; `entries` gives those of a tensor."""
+
+    def order(self, scores: Tensor, scope: object) -> Tensor:
+        """The units in the order in which they go."""
+
+    def kept(self, order: Tensor, count: int) -> Tensor:
+        """Per unit whether it stays when the first `count` in `order` are to go."""
+
+    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+        """The masks of all tensors, on the CPU."""
+
+
+class CoupledChannels:
+    """The channels of one model that can be removed.
+
+    Args:
+        coupling: Which entries belong to which channel.
+        shapes: Of all parameters of the model.
+        names: Of the weights to prune.
+
+    Raises:
+        ValueError: If no channel can be removed.
+    """
+
+    relative = True
+    step = LANES
+
+    def __init__(
+        self, coupling: Coupling, shapes: Mapping[str, torch.Size], names: Collection[str]
+    ) -> None:
+        free = torch.ones(coupling.units, dtype=torch.bool)
+        for name, dim in coupling.writes:
+            if len(shapes[name]) > 1 and name not in names:
+                unit = coupling.members[name, dim]
+                free[unit[unit >= 0]] = False
+        if not free.any():
+            raise ValueError(
+                "`include` and `exclude` are expected to leave channels to remove, but every "
+                "channel is also written by a layer that is left out; include those layers"
+            )
+        number = torch.cat([free.cumsum(0) - 1, torch.tensor([-1])])  # the last is that of -1
+        number[:-1][~free] = -1
+        self._units = {
+            key: number[unit] for key, unit in coupling.members.items() if key[0] in shapes
+        }
+        self._shapes = {
+            name: shapes[name]
+            for name in shapes
+            if any(key[0] == name and (unit >= 0).any() for key, unit in self._units.items())
+        }
+        self._scored = tuple(name for name in self._shapes if name in names)
+        self._families = coupling.families[free].unique(return_inverse=True)[1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters that lose entries, batch norm's and biases among them."""
+        return tuple(self._shapes)
+
+    def units(self, shapes: Mapping[str, torch.Size]) -> Units:
+        """The channels, which go through tensors of these shapes and others."""
+        return self
+
+    def sums(self, entries: Callable[[str], Tensor]) -> Tensor:
+        """Per channel the sum over the weights to prune that write or read it."""
+        sums = torch.zeros(len(self._families), dtype=torch.float64)
+        for name in self._scored:
+            values = entries(name).to(torch.float64)
+            for dim in range(values.dim()):
+                unit = self._units.get((name, dim))
+                if unit is not None:
+                    rows = values.movedim(dim, 0).flatten(1).sum(1).cpu()
+                    sums.index_add_(0, unit[unit >= 0], rows[unit >= 0])
+        return sums
+
+    def order(self, scores: Tensor, scope: object) -> Tensor:
+        """Lowest score first; with scope `"layer"` lowest fraction of the layer's channels."""
+        order = scores.argsort(stable=True)
+        if scope == "layer":
+            better = self._better(order)
+            sizes = self._families.bincount()[self._families]
+            order = order[((sizes - better) / sizes)[order].argsort(stable=True)]
+        return order
+
+    def kept(self, order: Tensor, count: int) -> Tensor:
+        """At least one of each layer, and rounded up to whole vectors."""
+        sizes = self._families.bincount()
+        left = self._families[order[count:]].bincount(minlength=len(sizes))
+        rounded = (left + LANES - 1) // LANES * LANES
+        left = torch.where((left > LANES) & (sizes % LANES == 0), rounded, left).clamp(min=1)
+        return self._better(order) < left[self._families]
+
+    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+        """The masks of all tensors."""
+        kept = torch.cat([kept, torch.tensor([True])])  # the last is that of -1
+        masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes.items()}
+        for (name, dim), unit in self._units.items():
+            if name in masks:
+                masks[name].movedim(dim, -1).logical_and_(kept[unit])
+        return masks
+
+    def _better(self, order: Tensor) -> Tensor:
+        """Per unit how many of its family come after it in `order`."""
+        families = self._families[order].flip(0)
+        place = families.argsort(stable=True)
+        first = families.bincount().cumsum(0) - families.bincount()
+        better = torch.empty_like(order)
+        better[order.flip(0)[place]] = torch.arange(len(order)) - first[families[place]]
+        return better
+
+
+class _Blocks:
+    relative = False
+    step = 1
+
+    def __init__(self, block: Block, shapes: Mapping[str, torch.Size]) -> None:
+        self._shapes = shapes
+        self._block: dict[str, Tensor] = {}
+        count = 0
+        for name, shape in shapes.items():
+            rows, columns = shape[:1].numel(), shape[1:].numel()
+            width = columns if block.columns is None else block.columns
+            row, column = torch.arange(rows) // block.rows, torch.arange(columns) // width
+            self._block[name] = count + row[:, None] * -(-columns // width) + column
+            count += -(-rows // block.rows) * -(-columns // width)
+        self._count = count
+
+    def sums(self, entries: Callable[[str], Tensor]) -> Tensor:
+        sums = torch.zeros(self._count, dtype=torch.float64)
+        for name, block in self._block.items():
+            values = entries(name).to("cpu", torch.float64)
+            sums.index_add_(0, block.flatten(), values.flatten())
+        return sums
+
+    def order(self, scores: Tensor, scope: object) -> Tensor:
+        return scores.argsort(stable=True)
+
+    def kept(self, order: Tensor, count: int) -> Tensor:
+        kept = torch.ones(self._count, dtype=torch.bool)
+        kept[order[:count]] = False
+        return kept
+
+    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+        return {name: kept[self._block[name]].reshape(s) for name, s in self._shapes.items()}
+
+
+def unit_masks(
+    units: Units,
+    tensors: Mapping[str, Tensor],
+    sparsity: float,
+    *,
+    score: Callable[[str], Tensor],
+    costs: Mapping[str, float],
+    before: Mapping[str, Tensor],
+    scope: object,
+) -> dict[str, Tensor]:
+    """Masks that remove the units with the lowest mean score, as few as reach the target.
+
+    Args:
+        units: What goes together.
+        tensors: Qualified name -> the weights that are scored and counted.
+        sparsity: Fraction of the cost of all those weights to reach, in [0, 1).
+        score: Computes the scores of the tensor of that name, of its shape.
+        costs: Per name the cost of one weight.
+        before: The masks so far, zero = pruned; what is missing is dense.
+        scope: `"layer"` to let every layer lose the same fraction of channels.
+
+    Returns:
+        Masks of all tensors that lose entries.
+
+    Raises:
+        ValueError: If scores are NaN, or `sparsity` is less than what is gone already or more than
+            can be.
+    """
+    check_fraction("sparsity", sparsity)
+
+    def alive(name: str) -> Tensor:
+        mask = before.get(name)
+        return torch.ones_like(tensors[name]) if mask is None else (mask != 0).to(torch.float32)
+
+    def of_the_living(name: str) -> Tensor:
+        scores, living = score(name) * alive(name), alive(name).sum()
+        return scores * (living / scores.sum()) if units.relative and scores.any() else scores
+
+    left = units.sums(alive)
+    scores = units.sums(of_the_living)
+    if scores.isnan().any():
+        raise ValueError(
+            "`importance` is expected to return numbers, but NaN came; nothing was changed"
+        )
+    gone = left == 0
+    order = units.order(torch.where(gone, -torch.inf, scores / left), scope)
+
+    def masks(count: int) -> dict[str, Tensor]:
+        return units.masks(units.kept(order, count) & ~gone)
+
+    def removed(count: int) -> float:
+        found = masks(count)
+        return sum(costs[name] * int((~found[name]).sum()) for name in tensors if name in found)
+
+    total = sum(costs[name] * tensor.numel() for name, tensor in tensors.items())
+    goal = sparsity * total * (1 - 1e-12)  # which sums of costs may miss by rounding
+    present = int(gone.sum())
+    # One step more than asked for may be gone.
+    largest = units.sums(lambda name: torch.full_like(tensors[name], costs[name])).max()
+    if removed(present) - goal > units.step * float(largest):
+        raise ValueError(
+            f"`sparsity` is expected to be at least the present one, {removed(present) / total:.6g}"
+            f", but {sparsity!r} came; pruned weights stay pruned"
+        )
+    count = bisect_left(range(len(order) + 1), goal, lo=present, key=removed)
+    if count > len(order):
+        raise ValueError(
+            f"`sparsity` is expected to be at most {removed(len(order)) / total:.6g}, where one "
+            f"channel of each layer is left, but {sparsity!r} came; ask for less"
+        )
+    return masks(count)

@@ -171,20 +171,22 @@ class Plan:
                     "; pruned weights stay pruned, so let the first round ask for more"
                 )
 
-    def table(self, weights: int) -> str:
-        """Print the plan for a model with `weights` prunable weights."""
-        header = ("round", f"at {self.unit}", "amount of the remaining", "sparsity", "weights kept")
-        rows = [("0", "0", "-", _percent(0.0), f"{weights:,}")]
+    def table(self, weights: int | None) -> str:
+        """Print the plan for a model with `weights` prunable weights.
+
+        Args:
+            weights: How many there are; None where not weights are counted, but what they cost.
+        """
+        header = ["round", f"at {self.unit}", "amount of the remaining", "sparsity", "weights kept"]
+        rows = [["0", "0", "-", _percent(0.0), f"{weights or 0:,}"]]
         for planned in self.rounds:
-            pruned = None if planned.sparsity is None else pruned_count(planned.sparsity, weights)
-            row = (
-                str(planned.number),
-                str(planned.at),
-                _percent(planned.amount),
-                _percent(planned.sparsity),
-                "?" if pruned is None else f"{weights - pruned:,}",
-            )
-            rows.append(row)
+            kept = "?"
+            if weights is not None and planned.sparsity is not None:
+                kept = f"{weights - pruned_count(planned.sparsity, weights):,}"
+            fractions = [_percent(planned.amount), _percent(planned.sparsity)]
+            rows.append([str(planned.number), str(planned.at), *fractions, kept])
+        if weights is None:
+            header, rows = header[:-1], [row[:-1] for row in rows]
         widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

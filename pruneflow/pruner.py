@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pruneflow.granularity import NM, Block, Channels, CoupledChannels, Granularity
 from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
-from pruneflow.masks import MaskSet, Scope, compute_masks, resolve_scope
+from pruneflow.masks import MaskSet, compute_masks
 from pruneflow.parameters import Pattern, check_computed, locate, select
 from pruneflow.processes import check_placements, decide, is_sharded, place, reshard, unwrap
 from pruneflow.rewinding import OptimizerState, check_optimizer_state, settle_optimizer_state
+from pruneflow.scope import Scope, resolve_scope
 from pruneflow.torch_methods import (
     TorchMethod,
     check_scope,
@@ -37,6 +39,10 @@ class Pruner:
             `Random(seed)`, `Given(scores)` or any function `(name, tensor, context) -> scores`; or
             a `BasePruningMethod` of `torch.nn.utils.prune`, as class (driven by `prune_to`) or
             instance (keeps its own amount: `prune`).
+        granularity: What is removed together: `NM(2, 4)`, `Block(1, 16)` or whole
+            `Channels(example_input)`; None for each weight by itself.
+        costs: Qualified name -> cost of each weight of that tensor, such as
+            `multiply_adds(model, example_input)`; then targets are fractions of all costs.
         scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
         include: What to prune; None for what is prunable by default. See `parameters.select`.
         exclude: What to leave out.
@@ -69,6 +75,8 @@ class Pruner:
         model: nn.Module,
         *,
         importance: Importance | TorchMethod = magnitude,
+        granularity: Granularity | None = None,
+        costs: Mapping[str, float] | None = None,
         scope: Scope = "global",
         include: Sequence[Pattern] | None = None,
         exclude: Sequence[Pattern] = (),
@@ -116,12 +124,19 @@ class Pruner:
                 "; call `fold_model(model)` first, and go on with its zeros (`from_zeros=True`, or "
                 "`Pruner.hold_zeros()`)"
             )
-        self._parameters = {name: slot.parameter for name, slot in selection.slots.items()}
-        resolve_scope(scope, list(self._parameters))
+        self._names = tuple(selection.slots)
+        resolve_scope(scope, self._names)
+        self.granularity, self.costs = granularity, costs
+        self._couple()
         self.masking.check(self.model, self._parameters)
         check_placements(self._parameters)
         if is_torch_method(importance):
             check_scope(importance, scope)
+            if granularity is not None or costs is not None:
+                raise ValueError(
+                    "`importance` is expected to be a function where `granularity` or `costs` are "
+                    f"given, but {importance!r} came, which has its own; give magnitude, say"
+                )
             if any(is_sharded(parameter) for parameter in self._parameters.values()):
                 raise ValueError(
                     "`importance` is expected to be a function for sharded weights, which "
@@ -141,7 +156,7 @@ class Pruner:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Qualified names of the tensors to prune."""
+        """Qualified names of the tensors to prune, and of those that lose entries with them."""
         return tuple(self._parameters)
 
     @property
@@ -173,14 +188,15 @@ class Pruner:
         new = {n for n in self.frozen if n in pruned or slots[n].parameter.requires_grad}
         if not new:
             return
-        masks, kept = dict(self.masks), new | set(self._parameters)
+        masks, before = dict(self.masks), set(self._parameters)
         self.frozen = tuple(name for name in self.frozen if name not in new)
-        self._parameters = {n: slot.parameter for n, slot in slots.items() if n in kept}
-        resolve_scope(self.scope, list(self._parameters))
+        self._names = tuple(name for name in slots if name in new or name in self._names)
+        resolve_scope(self.scope, self._names)
+        self._couple()
+        new = set(self._parameters) - before
         self.masking.check(self.model, new)
         if self._optimizers:
-            trained = {n: p for n, p in self._parameters.items() if n in new and p.requires_grad}
-            _check_held(trained, self._optimizers)
+            _check_held({name: self._parameters[name] for name in new}, self._optimizers)
         if masks:
             self.remove()
             dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
@@ -211,7 +227,8 @@ class Pruner:
         """Prune to a cumulative sparsity. Doing it again changes nothing.
 
         Args:
-            sparsity: Cumulative fraction of the prunable weights to prune, in [0, 1).
+            sparsity: Cumulative fraction of the prunable weights to prune, or of their `costs`, in
+                [0, 1).
             round: The round, for importances that depend on it (random ones).
             gradients: Qualified name -> gradient of the loss, for importances that need them; None
                 for those that the last `backward()` has left in `.grad`.
@@ -228,9 +245,11 @@ class Pruner:
         if not is_torch_method(self.importance):
             compute = partial(
                 compute_masks,
-                self._parameters,
+                {name: self._parameters[name] for name in self._names},
                 sparsity,
                 importance=self.importance,
+                granularity=self._units,
+                costs=self.costs,
                 scope=self.scope,
                 masks=self.masking.held,
                 round=round,
@@ -267,7 +286,10 @@ class Pruner:
             MaskSet(1 tensors, 2 of 4 weights pruned)
         """
         weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        return self._prune(lambda: MaskSet({name: weight != 0 for name, weight in weights.items()}))
+        # Biases that go with channels may well be 0 by chance, as batch norm's are to begin with.
+        return self._prune(
+            lambda: MaskSet({n: (w != 0) | (n not in self._names) for n, w in weights.items()})
+        )
 
     def hold(self, masks: MaskSet) -> MaskSet:
         """Hold given masks, such as those of a checkpoint; the optimizers' state is left alone.
@@ -315,6 +337,17 @@ class Pruner:
         self.masking.remove()
         self._attached = False
 
+    def _couple(self) -> None:
+        slots = locate(self.model)
+        names = set(self._names)
+        if isinstance(self.granularity, Channels):
+            channels = self.granularity.couple(self.model, self._names)
+            names.update(channels.names)
+            self._units: NM | Block | CoupledChannels | None = channels
+        else:
+            self._units = self.granularity
+        self._parameters = {n: slot.parameter for n, slot in slots.items() if n in names}
+
     def _run_torch_method(self, method: TorchMethod, sparsity: float | None) -> MaskSet:
         compute = partial(
             torch_masks,
@@ -358,7 +391,7 @@ def _check_held(parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimi
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
+    missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
     if missing:
         raise ValueError(
             f"`optimizers` are expected to hold every tensor to prune, but none holds "

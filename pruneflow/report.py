@@ -73,6 +73,12 @@ def _verdict(facts: Facts) -> tuple[str, str, bool]:
     )
     if target is None:
         return "Sparsity was not known ahead.", f"{what}. {accuracy}", True
+    if facts["costs"] is not None:
+        costs = facts["costs"].replace("_", "-")
+        reached = final["removed"] >= target * (1 - 1e-9)
+        what = f"{_sparsity(final['removed'])} of the {costs} of prunable weights are gone: {what}"
+        headline = "Target reached." if reached else "Target not reached."
+        return headline, f"{what} (target {_sparsity(target)}). {accuracy}", reached
     # Every tensor that competes for itself rounds its own count of pruned weights.
     missing = target * weights - pruned
     if missing > 0.5 * len(facts["layers"]):
@@ -88,11 +94,17 @@ def _verdict(facts: Facts) -> tuple[str, str, bool]:
     return "Target reached.", f"{what} (target {_sparsity(target)}). {accuracy}", True
 
 
+def _target(facts: Facts) -> str:
+    if facts["target"] is None:
+        return "target: not known ahead"
+    counted = "" if facts["costs"] is None else f" of {facts['costs'].replace('_', '-')}"
+    return f"target: {_sparsity(facts['target'])}{counted}"
+
+
 def _before_and_after(facts: Facts) -> Section:
     dense, final, size = facts["dense"], facts["final"], facts["size"]
     weights = sum(layer["weights"] for layer in facts["layers"])
     kept = weights - sum(layer["zeros"] for layer in facts["layers"])
-    target = facts["target"]
     smaller = size["model_bytes"] < 0.99 * size["dense_bytes"]
     return Section(
         title="Before and after",
@@ -109,7 +121,7 @@ def _before_and_after(facts: Facts) -> Section:
                 "sparsity of prunable weights",
                 _sparsity(0.0),
                 _sparsity(final["sparsity"]),
-                f"target: {'not known ahead' if target is None else _sparsity(target)}",
+                _target(facts),
             ),
             ("prunable weights kept", _count(weights), _count(kept), ""),
             (

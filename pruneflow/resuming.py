@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.nn.utils import prune
 
+from pruneflow.granularity import NM, Block, Channels
 from pruneflow.importance import Random
-from pruneflow.masks import Scope
 
-VERSION = 3
+VERSION = 4
 """Of the state that PruningCallback stores."""
 
 
@@ -54,28 +54,28 @@ def check_state(
         )
 
 
-def method_state(importance: Any, scope: Scope, rewind: str | None = None) -> dict[str, str]:
+def method_state(**method: Any) -> dict[str, str]:
     """The method in words, to be stored and compared.
 
     Example:
-        >>> method_state(Random(seed=3), "global")
-        {'importance': 'Random(seed=3)', 'scope': 'global', 'rewind': 'None'}
-        >>> method_state(prune.L1Unstructured(amount=0.2), "layer")["importance"]
-        'L1Unstructured(amount=0.2)'
+        >>> method_state(importance=Random(seed=3), scope="global")
+        {'importance': 'Random(seed=3)', 'scope': 'global'}
+        >>> method_state(importance=prune.L1Unstructured(amount=0.2))
+        {'importance': 'L1Unstructured(amount=0.2)'}
     """
-    return {"importance": _named(importance), "scope": str(scope), "rewind": str(rewind)}
+    return {name: _named(value) for name, value in method.items()}
 
 
-def _named(importance: Any) -> str:
+def _named(method: Any) -> str:
     """Its name, and those of its settings that are plain values."""
-    if isinstance(importance, Random):
-        return repr(importance)
-    if isinstance(importance, partial):
-        settings: dict[Any, Any] = {**dict(enumerate(importance.args)), **importance.keywords}
-        return f"{_named(importance.func)}({_plain(settings)})"
-    name = getattr(importance, "__qualname__", None) or type(importance).__qualname__
-    if isinstance(importance, prune.BasePruningMethod):
-        settings = {k: v for k, v in vars(importance).items() if not k.startswith("_")}
+    if method is None or isinstance(method, str | Mapping | Random | NM | Block | Channels):
+        return str(method)
+    if isinstance(method, partial):
+        settings: dict[Any, Any] = {**dict(enumerate(method.args)), **method.keywords}
+        return f"{_named(method.func)}({_plain(settings)})"
+    name = getattr(method, "__qualname__", None) or type(method).__qualname__
+    if isinstance(method, prune.BasePruningMethod):
+        settings = {k: v for k, v in vars(method).items() if not k.startswith("_")}
         return f"{name}({_plain(settings)})"
     return str(name)
 

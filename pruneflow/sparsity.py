@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruneflow.parameters import Pattern, select
 from pruneflow.processes import whole
 
-_COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
+COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
+"""Layers whose multiply-adds are those of their weights."""
 
 
 @dataclass(frozen=True)
@@ -173,25 +175,38 @@ def sparsity_report(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if example_input is None:
         return SparsityReport(layers, parameters)
-    per_module = _multiply_adds(model, example_input)
+    per_module = multiply_adds_per_module(model, example_input)
     prefixes = {module: name for name, module in model.named_modules()}
     saved = 0.0
     for layer, slot in zip(layers, slots.values(), strict=True):
-        if isinstance(slot.module, _COUNTED) and slot.attribute == "weight":
+        if isinstance(slot.module, COUNTED) and slot.attribute == "weight":
             saved += layer.sparsity * per_module.get(prefixes[slot.module], 0)
     total = per_module[""]
     return SparsityReport(layers, parameters, total, total - round(saved))
 
 
-def _multiply_adds(model: nn.Module, example_input: Tensor) -> dict[str, int]:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode for a while, and every module as it was after that."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with FlopCounterMode(display=False) as counter:
-            model(example_input)
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@torch.no_grad()
+def multiply_adds_per_module(model: nn.Module, example_input: Tensor) -> dict[str, int]:
+    """Multiply-adds of one forward pass by module; those of the whole model under `""`.
+
+    Example:
+        >>> multiply_adds_per_module(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
+        {'0': 6, '': 6}
+    """
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(example_input)
     # PyTorch names modules from the class of the root ("ResNet.layer1.0.conv1") and counts a
     # multiply-add as two operations.
     root = type(model).__name__
@@ -199,6 +214,6 @@ def _multiply_adds(model: nn.Module, example_input: Tensor) -> dict[str, int]:
     modules = {
         name.removeprefix(root).removeprefix("."): count
         for name, count in counts.items()
-        if name != "Global"
+        if name not in ("Global", root)
     }
     return {**modules, "": counts.get("Global", 0)}

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import prune
 
-from pruneflow.masks import MaskSet, Scope, check_finite
+from pruneflow.masks import MaskSet
 from pruneflow.plan import pruned_count
+from pruneflow.scope import Scope
+from pruneflow.scores import check_finite
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pruneflow.plan import Clock
@@ -68,6 +68,22 @@ def _anew(loader: Any) -> Any:
         loader = copy.copy(loader)
         loader._iterator = None
     return loader
+
+
+def example_input(pl_module: L.LightningModule) -> Tensor:
+    """The example that a LightningModule has of what it takes, on its device.
+
+    Raises:
+        ValueError: If it has none that is a tensor.
+    """
+    example = pl_module.example_input_array
+    if not isinstance(example, Tensor):
+        raise ValueError(
+            f"`example_input_array` of {type(pl_module).__name__} is expected to be a tensor like "
+            f"those its `forward` takes, for Channels and costs, but {type(example).__name__} came;"
+            " set `self.example_input_array = torch.zeros(1, 3, 32, 32)`, say, in its `__init__`"
+        )
+    return example.to(pl_module.device)
 
 
 def averaged_models(trainer: L.Trainer) -> Iterator[tuple[str, nn.Module]]:

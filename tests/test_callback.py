@@ -324,7 +324,7 @@ def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_
     checkpoint = torch.load(path)
     next(iter(checkpoint["callbacks"].values()))["version"] = 99
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="version 3, but 99 came"):
+    with pytest.raises(ValueError, match="version 4, but 99 came"):
         trainer(PruningCallback(Linear(0.9, 2))).fit(type(model)(), batches, ckpt_path=path)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.utils import prune
 
 from pruneflow import Given, MaskSet, Random, compute_masks, magnitude
-from pruneflow.masks import resolve_scope
+from pruneflow.scope import resolve_scope
 
 
 def tensors(seed=0, **shapes):

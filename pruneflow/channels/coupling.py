@@ -1,0 +1,333 @@
+"""Which entries of a model's tensors belong to one channel, and how channels are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_leaves
+
+from pruneflow.channels.analysis import analyse, check_same, evaluating, owned, plain
+from pruneflow.channels.rules import NORMS, Carried
+from pruneflow.channels.tracing import trace
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Which entries of which tensors hold each removable channel of a model.
+
+    A unit is a channel with all that has to go with it: the filters that compute it, of several
+    layers where their outputs are added up, with their biases; the entries of batch norm, of PReLU
+    and of scales per channel; and the input channels or features of every layer that reads it. The
+    groups of a grouped convolution stay or go whole.
+
+    Args:
+        members: (qualified name of a parameter or buffer, dimension) -> int64 vector of that
+            dimension's size, on the CPU: the unit each index belongs to, -1 where it has to stay.
+        writes: Those of the members along which the filters and biases of a layer lie, not what it
+            reads.
+        families: Int64 vector: per unit the family. Units of one family are written by the same
+            layers, so that at least one of each has to stay.
+    """
+
+    members: Mapping[tuple[str, int], Tensor]
+    writes: frozenset[tuple[str, int]]
+    families: Tensor
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return len(self.families)
+
+
+def find_coupling(model: nn.Module, example_input: Tensor) -> Coupling:
+    """Find the channels of a model that can be removed, and what belongs to each.
+
+    All in the order of the forward pass in evaluation mode, with all arguments but the first at
+    their defaults. What only training uses, as the second head of Inception, is not seen. What
+    stays whole: inputs and outputs of the model; what is read by an operation that looks at all
+    channels or is not understood, as LayerNorm, attention and `x.view(-1, 512)`; layers that are
+    used twice, have hooks, or share a tensor.
+
+    Args:
+        model: The model; one of `torch.compile` stands for the model it wraps. It is left as it is.
+        example_input: A batch of what the model takes, on its device.
+
+    Raises:
+        ValueError: If torch.fx cannot trace the model, a mask of `torch.nn.utils.prune` is on it,
+            or it has no channel that can be removed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> coupling = find_coupling(model, torch.zeros(1, 4))
+        >>> for (name, dim), unit in coupling.members.items():
+        ...     print(name, dim, unit.tolist())
+        0.weight 0 [0, 1, 2]
+        0.bias 0 [0, 1, 2]
+        2.weight 1 [0, 1, 2]
+
+    References:
+        Fang et al. 2023, "DepGraph: Towards Any Structural Pruning",
+        https://arxiv.org/abs/2301.12900.
+    """
+    model = plain(model)
+    with evaluating(model, example_input):
+        traced = trace(model, example_input)
+        flow, rules = analyse(traced, owned(model, traced), fixed_size=False)
+        for rule in rules:
+            if isinstance(rule, Carried) and rule.has_size_in_code:
+                flow.pin(rule.node)
+        unit_of = flow.units()
+        entries = [
+            (entry, unit.cpu())
+            for rule in rules
+            for entry in rule.entries()
+            if ((unit := unit_of[entry.channels.atoms]) >= 0).any()
+        ]
+    if not entries:
+        raise ValueError(
+            "`model` is expected to have channels that can be removed, but every layer of "
+            f"{type(model).__name__} computes the output, is read by an operation that needs all "
+            "channels, has hooks, or is used twice; prune weights instead"
+        )
+    members = {(entry.name, entry.dim): unit for entry, unit in entries}
+    writes = frozenset((entry.name, entry.dim) for entry, _ in entries if entry.written)
+    families = torch.zeros(int(unit_of.max()) + 1, dtype=torch.int64)
+    for place, unit in members.items():
+        if place in writes:
+            written = torch.zeros_like(families)
+            written[unit[unit >= 0]] = 1
+            families = (2 * families + written).unique(return_inverse=True)[1]
+    return Coupling(members, writes, families)
+
+
+@torch.no_grad()
+def remove_channels(
+    model: nn.Module, example_input: Tensor, optimizers: Sequence[Optimizer] = ()
+) -> int:
+    """Remove channels that structured pruning has zeroed from the layers of a model, in place.
+
+    A channel goes if every weight and bias that writes it, batch norm's weight and bias, and every
+    weight that reads it are zero; the last one of a layer stays. So what the model computes does
+    not change, and training goes on as under masks: gradients and the state of the optimizers go
+    along. Parameters are new objects under their old names; the optimizers are given them.
+
+    Of Adafactor's state, and other factored ones, entries of removed channels go and the rest stays
+    as it is, although it holds means over more channels than there are now.
+
+    Args:
+        model: The model, plain: without masks or hooks on its parameters.
+        example_input: A batch of what the model takes, on its device.
+        optimizers: All that train the model.
+
+    Returns:
+        How many channels were removed.
+
+    Raises:
+        ValueError: If `find_coupling` refuses the model, hooks are on its parameters, or the state
+            of an optimizer does not have the shape of its parameters. Nothing has changed then.
+        RuntimeError: If the smaller model does not compute the same for `example_input`. It has
+            been put back.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> for entries in (model[0].weight[1], model[0].bias[1], model[2].weight[:, 1]):
+        ...     _ = entries.data.zero_()
+        >>> remove_channels(model, torch.zeros(1, 4), [optimizer])
+        1
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=2, out_features=2, bias=True)
+        )
+    """
+    model = plain(model)
+    coupling = find_coupling(model, example_input)
+    dead = _dead(model, coupling)
+    kept: dict[str, dict[int, Tensor]] = {}
+    for (name, dim), unit in coupling.members.items():
+        goes = dead[unit] & (unit >= 0)
+        if goes.any():
+            kept.setdefault(name, {})[dim] = (~goes).nonzero().flatten()
+    cut = _Cut(model, kept)
+    states = [cut.states(optimizer) for optimizer in optimizers]
+    with evaluating(model, example_input):
+        expected = model(example_input.clone())
+    before = _swap(cut.attributes())
+    try:
+        with evaluating(model, example_input):
+            check_same(expected, _run(model, example_input), "removal of channels")
+    except BaseException:
+        _swap(before)
+        raise
+    for optimizer, state in zip(optimizers, states, strict=True):
+        cut.hand_over(optimizer, state)
+    return int(dead.sum())
+
+
+def _dead(model: nn.Module, coupling: Coupling) -> Tensor:
+    """Per unit whether it can go: nothing writes or reads it, and others of its family stay."""
+    alive = torch.zeros(coupling.units, dtype=torch.bool)
+    parameters = dict(model.named_parameters())
+    for (name, dim), unit in coupling.members.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name in parameters and isinstance(owner, (*NORMS, _ConvNd, nn.Linear)):
+            rows = parameters[name].movedim(dim, 0)
+            some = (rows != 0).reshape(len(rows), -1).any(1).cpu()
+            alive[unit[some & (unit >= 0)]] = True
+    left = torch.zeros(int(coupling.families.max()) + 1, dtype=torch.int64)
+    left.index_add_(0, coupling.families, alive.to(torch.int64))
+    for family in (left == 0).nonzero():
+        alive[(coupling.families == family).nonzero()[0]] = True
+    return ~alive
+
+
+class _Cut:
+    """The smaller tensors of a model; nothing changes before they are put in their places.
+
+    Args:
+        model: The model.
+        kept: Per qualified name of a tensor and dimension the indices that stay.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        self._model = model
+        present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        hooked = [n for n in kept if isinstance(present[n], nn.Parameter) and _hooks(present[n])]
+        if hooked:
+            raise ValueError(
+                "`model` is expected to have no hooks on its parameters, which would not come "
+                f"along, but {', '.join(hooked)} have; remove masks and other hooks first"
+            )
+        self._tensors: dict[str, Tensor] = {}
+        # Old parameter -> its name, the indices that stay, and the new parameter.
+        self._new: dict[Tensor, tuple[str, Mapping[int, Tensor], nn.Parameter]] = {}
+        for name, indices in kept.items():
+            old = present[name]
+            self._tensors[name] = _entries(old, indices)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(self._tensors[name], old.requires_grad)
+                new.grad = None if old.grad is None else _entries(old.grad, indices)
+                self._tensors[name], self._new[old] = new, (name, indices, new)
+
+    def attributes(self) -> dict[tuple[nn.Module, str], Any]:
+        """The new values of attributes of layers: tensors, and how many channels there are."""
+        values: dict[tuple[nn.Module, str], Any] = {}
+        for name, tensor in self._tensors.items():
+            owner, _, attribute = name.rpartition(".")
+            module = self._model.get_submodule(owner)
+            values[module, attribute] = tensor
+            for size, number in _sizes(module, attribute, tensor).items():
+                values[module, size] = number
+        return values
+
+    def states(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+        """The optimizer's state of the new parameters.
+
+        Raises:
+            ValueError: If it is not of their shape.
+        """
+        own = [p for group in optimizer.param_groups for p in group["params"] if p in self._new]
+        kind = type(optimizer).__name__
+        if own and isinstance(optimizer, LBFGS):
+            raise ValueError(
+                f"`optimizers` are expected to hold their state per parameter, but {kind} joins "
+                "all; leave it out, and make a new one after channels were removed"
+            )
+        states = {}
+        for old in own:
+            name, indices, new = self._new[old]
+            if old in optimizer.state:
+                states[new] = dict(optimizer.state[old])
+            for key, value in states.get(new, {}).items():
+                if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                    if not _follows(value, old):
+                        raise ValueError(
+                            "`optimizers` are expected to hold tensors of the shape of their "
+                            f"parameters, or single numbers, but {kind} has another as {key!r} of "
+                            f"{name}; make a new optimizer after channels were removed"
+                        )
+                    states[new][key] = _entries(value, indices, old)
+        return states
+
+    def hand_over(
+        self, optimizer: Optimizer, states: Mapping[nn.Parameter, dict[str, Any]]
+    ) -> None:
+        """Let an optimizer go on with the new parameters."""
+        for group in optimizer.param_groups:
+            for index, old in enumerate(group["params"]):
+                if old in self._new:
+                    new = group["params"][index] = self._new[old][2]
+                    optimizer.state.pop(old, None)
+                    if new in states:
+                        optimizer.state[new] = states[new]
+
+
+def _entries(tensor: Tensor, kept: Mapping[int, Tensor], parameter: Tensor | None = None) -> Tensor:
+    """The entries that stay, in the memory layout there was, as channels_last.
+
+    Where a state of an optimizer has one entry for all those of its parameter, it stays.
+    """
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    result = tensor.detach().permute(order)
+    for dim, indices in kept.items():
+        if parameter is None or tensor.shape[dim : dim + 1] == parameter.shape[dim : dim + 1]:
+            result = result.index_select(order.index(dim), indices.to(tensor.device))
+    return result.permute([order.index(dim) for dim in range(tensor.dim())])
+
+
+def _follows(value: Any, parameter: Tensor) -> bool:
+    """Whether a state has an entry for each of the parameter's, along some of its dimensions."""
+    if not isinstance(value, Tensor):
+        return False
+    if value.numel() == 1:
+        return True
+    pairs = zip(value.shape, parameter.shape, strict=False)
+    return value.dim() == parameter.dim() and all(own in (1, size) for own, size in pairs)
+
+
+def _sizes(module: nn.Module, attribute: str, tensor: Tensor) -> dict[str, int]:
+    """The numbers of channels a layer notes, read from a tensor of it."""
+    if isinstance(module, nn.Linear) and attribute == "weight":
+        return {"in_features": tensor.shape[1], "out_features": tensor.shape[0]}
+    if isinstance(module, _ConvNd) and attribute == "weight":
+        dim = 1 if isinstance(module, _ConvTransposeNd) else 0
+        filters, inputs = tensor.shape[dim], tensor.shape[1 - dim]
+        # Groups stay or go whole.
+        groups = module.groups * filters // module.out_channels if module.groups > 1 else 1
+        return {"in_channels": inputs * groups, "out_channels": filters, "groups": groups}
+    if isinstance(module, NORMS):
+        return {"num_features": len(tensor)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": len(tensor)}
+    return {}
+
+
+def _run(model: nn.Module, example_input: Tensor) -> Any:
+    try:
+        return model(example_input.clone())
+    except Exception as error:  # it is the model's own code
+        raise RuntimeError(
+            "`model` is expected to run with fewer channels, but that ended with: "
+            f"{error}; take numbers of channels in `forward` from the shapes of its tensors"
+        ) from error
+
+
+def _swap(attributes: Mapping[tuple[nn.Module, str], Any]) -> dict[tuple[nn.Module, str], Any]:
+    """Give modules these attributes; returns what they were."""
+    before = {(module, name): getattr(module, name) for module, name in attributes}
+    for (module, name), value in attributes.items():
+        setattr(module, name, value)
+    return before
+
+
+def _hooks(parameter: Tensor) -> bool:
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(parameter, name, None) for name in hooks)

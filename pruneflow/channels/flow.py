@@ -1,4 +1,4 @@
-"""What `shrink` knows of every value, channel by channel."""
+"""What is known of every value of a model, channel by channel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-_LANES = 16  # floats in the longest vectors of CPUs
+LANES = 16  # floats in the longest vectors of CPUs
 
 
 @dataclass
@@ -91,9 +91,19 @@ class Flow:
         if node in self.values:
             self._pinned.update(self.values[node].atoms.tolist())
 
+    def units(self) -> Tensor:
+        """Per atom the unit that stays or goes as one, numbered from 0; -1 where it has to stay."""
+        roots = self._all_roots()
+        pinned = torch.zeros(len(roots), dtype=torch.bool)
+        pinned[roots[list(self._pinned)]] = True
+        free = ~pinned[roots]
+        units = torch.full_like(roots, -1)
+        units[free] = roots[free].unique(return_inverse=True)[1]
+        return units
+
     def settle(self) -> None:
         """Decide what stays, once it is known what is needed: as little as can be."""
-        self._roots = torch.tensor([self._find(atom) for atom in range(len(self._parents))])
+        self._roots = self._all_roots()
         self._kept = torch.zeros(len(self._parents), dtype=torch.bool)
         for atom in self._pinned:
             self.keep(atom)
@@ -114,6 +124,10 @@ class Flow:
         for atom in channels.atoms[rounded_up(kept, torch.ones_like(kept)) & ~kept].tolist():
             self.keep(atom)
 
+    def _all_roots(self) -> Tensor:
+        roots = [self._find(atom) for atom in range(len(self._parents))]
+        return torch.tensor(roots, dtype=torch.int64)
+
     def _find(self, atom: int) -> int:
         while self._parents[atom] != atom:
             self._parents[atom] = self._parents[self._parents[atom]]
@@ -128,9 +142,9 @@ def rounded_up(chosen: Tensor, choice: Tensor) -> Tensor:
     Runtime, 3.5 and 3.7 ms, but 2.1 ms for 192.
     """
     count, size = int(chosen.sum()), int(choice.sum())
-    if count <= _LANES or size % _LANES:
+    if count <= LANES or size % LANES:
         return chosen
     rest = (choice & ~chosen).nonzero().flatten()
     more = chosen.clone()
-    more[rest[: -count % _LANES]] = True
+    more[rest[: -count % LANES]] = True
     return more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruneflow.channels.flow import rounded_up
-from pruneflow.channels.rules import Rule
+from pruneflow.channels.rules import Entries, Rule
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -73,6 +74,15 @@ class Weighted(Rule):
         else:
             index = self._per_filter(torch.arange(len(self.source.atoms)))
             self.source.needed[index[read]] = True
+
+    def entries(self) -> Iterator[Entries]:
+        """The filters, and what reads; of a grouped convolution, whole groups of filters."""
+        dim = 1 if type(self.module) in _TRANSPOSED else 0
+        yield Entries(f"{self.node.target}.weight", dim, self.result, written=True)
+        if self.module.bias is not None:
+            yield Entries(f"{self.node.target}.bias", 0, self.result, written=True)
+        if self.groups == 1:
+            yield Entries(f"{self.node.target}.weight", 1 - dim, self.source)
 
     def keep_constants(self) -> None:
         """Let one of the constants that vary at borders stay, if all of them were to go."""

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from pruneflow.channels.flow import Channels, Flow
 from pruneflow.channels.tracing import tensor_inputs
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which channels the entries of a tensor belong to.
+
+    Args:
+        name: Qualified name of the parameter or buffer.
+        dim: The dimension along which it has one entry per channel.
+        channels: Those channels.
+        written: Whether the entries are what a layer computes the channels with.
+    """
+
+    name: str
+    dim: int
+    channels: Channels
+    written: bool = False
 
 
 class Rule:
@@ -47,6 +67,10 @@ class Rule:
         for source in self.node.all_input_nodes:
             if source in self.flow.values:
                 self.flow.values[source].needed[:] = True
+
+    def entries(self) -> Iterator[Entries]:
+        """The tensors that have entries per channel."""
+        return iter(())
 
     def cut(self) -> bool:
         """Remove what does not stay; True if more than the layer has changed."""
@@ -143,6 +167,14 @@ class Pointwise(Rule):
         for source in self.broadcast:
             if source in self.flow.values:
                 self.flow.values[source].needed |= bool(wanted.any())
+
+    def entries(self) -> Iterator[Entries]:
+        """Batch norm's tensors, weights of PReLU, and scales."""
+        channels = self.flow.values[self.node]
+        for name in self._own():
+            yield Entries(f"{self.node.target}.{name}", 0, channels)
+        for source, own in self.scales:
+            yield Entries(str(source.target), own, channels)
 
     def cut(self) -> bool:
         """Cut the tensors that belong to the operation."""
@@ -263,6 +295,11 @@ class Carried(Rule):
         result.constant = channels.constant.repeat_interleave(self.run) * result.known
         return True
 
+    @property
+    def has_size_in_code(self) -> bool:
+        """Whether the number of features is written down, as in `x.view(-1, 512)`."""
+        return flattens(self.node) and tree_leaves(self.node.args)[-1] != -1
+
     def backward(self) -> None:
         """Need a channel if any of its run is wanted."""
         wanted = self.flow.values[self.node].wanted
@@ -270,9 +307,7 @@ class Carried(Rule):
 
     def cut(self) -> bool:
         """Write no size into the code that has changed."""
-        if not flattens(self.node) or self.node.args[-1] == -1:
-            return False
-        if self.flow.kept(self.flow.values[self.node]).all():
+        if not self.has_size_in_code or self.flow.kept(self.flow.values[self.node]).all():
             return False
         self.node.op, self.node.target = "call_function", torch.flatten
         self.node.args, self.node.kwargs = (self.node.args[0], 1), {}

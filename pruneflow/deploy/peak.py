@@ -1,104 +1,128 @@
-"""Peak memory of running a model, measured in a process of its own.
+"""Peak memory of running models, each measured in a process of its own.
 
-    python -P pruneflow/deploy/peak.py FILE BATCH THREADS
+    python -P pruneflow/deploy/peak.py THREADS MODEL BATCH [MODEL BATCH]...
 
-loads a model, runs it twice on a batch, and prints the peak of the process's resident memory while
-it ran, in bytes, less what was resident before it was loaded: with everything imported, the batch
-there, and the threads and kernels of PyTorch warmed up by a small convolution. So weights,
-activations, outputs and the runtime's own buffers count; the libraries do not, nor does what
-loading took and gave back; figures repeat within 2 MB or so. Linux alone tells.
+imports once what the models need and forks for each of them. The child loads its model, runs it
+twice on its batch, and tells the peak of its memory while it ran, in bytes, less what it had before
+the model was loaded: with the batch there, and the threads and kernels of PyTorch warmed up by a
+small convolution. So weights, activations, outputs and the runtime's own buffers count; the pages
+of libraries and other files do not, nor does what loading took and gave back; figures repeat within
+2 MB or so. Linux alone tells.
 
-It is run as a script so that it imports no more than the model needs, and with -P, since beside it
+It is run as a script so that it imports no more than the models need, and with -P, since beside it
 lies another `onnx`.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 
-def peak_bytes(file: Path, batch: Path, threads: int) -> int:
-    """Measure the peak memory of running a model in a fresh process.
+def peak_bytes(models: Sequence[tuple[Path, Path]], threads: int) -> list[int | str]:
+    """Measure the peak memory of running each of some models in a process of its own.
 
     Args:
-        file: A module that `torch.save` wrote, which is unpickled, or a program that
-            `torch.export.save` wrote (.pt2), or an ONNX file (.onnx).
-        batch: A tensor that `torch.save` wrote.
+        models: Of each, two files: a module that `torch.save` wrote, which is unpickled, or a
+            program that `torch.export.save` wrote (.pt2), or an ONNX file (.onnx); and a batch that
+            `torch.save` wrote.
         threads: Number of threads to run with.
 
     Returns:
-        The peak in bytes, as the text above has it.
+        The peak of each in bytes, as the text above has it, or what kept it from being measured:
+        the class of a module that cannot be imported, or no /proc to read.
 
     Raises:
-        RuntimeError: If that process fails, with the last line it said: where the class of the
-            module cannot be imported, or there is no /proc to read.
+        RuntimeError: If nothing could be measured at all, with the last line that was said.
 
     Example:
         >>> from tempfile import mkdtemp
         >>> folder = Path(mkdtemp())
         >>> torch.save(nn.ReLU(), folder / "model.pt")
         >>> torch.save(torch.ones(1000, 10_000), folder / "batch.pt")
-        >>> 35e6 < peak_bytes(folder / "model.pt", folder / "batch.pt", threads=1) < 50e6
+        >>> (peak,) = peak_bytes([(folder / "model.pt", folder / "batch.pt")], threads=1)
+        >>> 39e6 < peak < 50e6
         True
     """
-    command = [sys.executable, "-P", __file__, str(file), str(batch), str(threads)]
+    command = [sys.executable, "-P", __file__, str(threads), *map(str, chain(*models))]
     # What this process imports, that one finds too.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(said[-1])
-    return int(done.stdout.split()[-1])
+    peaks: list[int | str] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
 
 
-def _measure(file: Path, batch: Tensor, threads: int) -> int:
+def _measure_all(models: Sequence[tuple[Path, Path]], threads: int) -> list[int | str]:
+    torch.set_num_threads(1)  # a pool of threads would be lost in the fork, and waited for
+    for file, _ in models:
+        with suppress(Exception):  # the child will tell
+            _loader(file, 1)
+    gc.collect()
+    return [_fork(file, batch, threads) for file, batch in models]
+
+
+def _fork(file: Path, batch: Path, threads: int) -> int | str:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            found: int | str = _measure(file, batch, threads)
+        except BaseException as error:  # none may go on as if this were the parent
+            found = f"{type(error).__name__}: {error}"
+        os.write(writing, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if not said:
+        return f"the process ended with exit code {os.waitstatus_to_exitcode(status)}"
+    found = json.loads(said)
+    return found
+
+
+def _measure(file: Path, batch_file: Path, threads: int) -> int:
     torch.set_num_threads(threads)
-    if file.suffix == ".onnx":
-        load = _onnx(file, threads)
-    elif file.suffix == ".pt2":
-        load = _program(file)
-    else:
-        load = _module(file)
+    batch = torch.load(batch_file, weights_only=True)
+    load = _loader(file, threads)
     warm = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()).eval()
     with torch.inference_mode():
         warm(torch.ones(8, 3, 32, 32))
-        before = _resident("VmRSS")
+        before = _resident("VmRSS") - _resident("RssFile")
         run = load()
         # Where the peak cannot be reset, what loading took counts as well.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         for _ in range(2):
             run(batch)
-    return _resident("VmHWM") - before
+    return _resident("VmHWM") - _resident("RssFile") - before
 
 
-def _module(file: Path) -> Callable[[], Callable[[Tensor], Tensor]]:
-    torch.load(file, map_location="meta", weights_only=False)  # imports what its classes need
+def _loader(file: Path, threads: int) -> Callable[[], Callable[[Tensor], Tensor]]:
+    """Import what a model needs; what is returned loads it."""
+    if file.suffix == ".onnx":
+        from pruneflow.deploy.onnx import OnnxModel  # noqa: PLC0415  for no other form
+
+        return lambda: OnnxModel(file, threads)
+    if file.suffix == ".pt2":
+        torch.export.load(file)
+        return lambda: torch.export.load(file).module()
+    torch.load(file, map_location="meta", weights_only=False)
     return lambda: torch.load(file, weights_only=False)
-
-
-def _program(file: Path) -> Callable[[], Callable[[Tensor], Tensor]]:
-    torch.export.load(file)  # imports what exporting needs
-    gc.collect()
-    return lambda: torch.export.load(file).module()
-
-
-def _onnx(file: Path, threads: int) -> Callable[[], Callable[[Tensor], Tensor]]:
-    from pruneflow.deploy.extras import require  # noqa: PLC0415  for no other form
-    from pruneflow.deploy.onnx import OnnxModel  # noqa: PLC0415
-
-    require("onnxruntime")
-    return lambda: OnnxModel(file, threads)
 
 
 def _resident(field: str) -> int:
@@ -110,5 +134,6 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    _, model_file, batch_file, number = sys.argv
-    print(_measure(Path(model_file), torch.load(batch_file, weights_only=True), int(number)))
+    _, number, *files = map(Path, sys.argv)
+    pairs = list(zip(files[::2], files[1::2], strict=True))
+    print(json.dumps(_measure_all(pairs, int(str(number)))))

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import Counter
-from collections.abc import Iterator
-from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from pruneflow.channels.analysis import analyse, check_same, owned, plain
 from pruneflow.channels.flow import Flow
 from pruneflow.channels.layers import Weighted
-from pruneflow.channels.operations import SUMS, makes_a_new_tensor, rule_of
+from pruneflow.channels.operations import SUMS, makes_a_new_tensor
 from pruneflow.channels.rules import Rule
 from pruneflow.channels.tracing import Storage, is_in_place, out_of_place, tensor_inputs, trace
-from pruneflow.parameters import locate
 
 
 def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False) -> nn.Module:
@@ -62,22 +57,16 @@ def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False)
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    masked = [name for name, slot in locate(model).items() if slot.reparametrized]
-    if masked:
-        raise ValueError(
-            f"`model` is expected to be plain, but {', '.join(masked)} are under the masks of "
-            "torch.nn.utils.prune; make them plain with pruneflow.importers.fold_model(model)"
-        )
+    model = plain(model)
     with torch.no_grad(), torch.device(example_input.device):
         small = copy.deepcopy(model).eval()
         expected = small(example_input.clone())
         traced = trace(small, example_input)
-        own = _own(small, traced)
-        flow, rules = _analyse(traced, own, fixed_size=fixed_size)
+        own = owned(small, traced)
+        flow, rules = analyse(traced, own, fixed_size=fixed_size)
         changed = False
         while _fold_branches(traced, flow):
-            flow, rules = _analyse(traced, own, fixed_size=fixed_size)
+            flow, rules = analyse(traced, own, fixed_size=fixed_size)
             changed = True
         _settle(flow, rules)
         rewritten = [rule.cut() for rule in rules]
@@ -89,57 +78,8 @@ def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False)
                 node.meta.clear()  # of shapes that were
             traced.graph.lint()
             small = fx.GraphModule(traced, traced.graph, type(model).__name__).eval()
-        _check(expected, small(example_input.clone()))
+        check_same(expected, small(example_input.clone()), "shrinking")
     return small
-
-
-def _own(model: nn.Module, traced: fx.GraphModule) -> set[str]:
-    """Names of the layers and tensors that have one place in the model and are used once."""
-    nodes = Counter(
-        str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr")
-    )
-    tensors, everywhere = (dict(_tensors(module)) for module in (traced, model))
-    places = Counter(id(tensor) for tensor in everywhere.values())
-    places.update(id(tensors[name]) for name in nodes if name in tensors)
-    modules = {name for name in nodes if name not in tensors}
-    users = {
-        str(node.target): len(node.users) for node in traced.graph.nodes if node.op == "get_attr"
-    }
-
-    def alone(name: str) -> bool:
-        if name in modules:
-            layer = traced.get_submodule(name)
-            held = chain(layer.parameters(), layer.buffers())
-            return all(places[id(tensor)] == 1 for tensor in held)
-        return places[id(tensors[name])] == 2 and users[name] == 1
-
-    return {name for name, count in nodes.items() if count == 1 and alone(name)}
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _analyse(traced: fx.GraphModule, own: set[str], *, fixed_size: bool) -> tuple[Flow, list[Rule]]:
-    """Follow constants forward through the graph, and needs backward."""
-    storage = Storage(traced, lambda node: makes_a_new_tensor(traced, node))
-    overwritten = storage.overwritten()
-    flow = Flow(own, fixed_size=fixed_size)
-    rules = []
-    for node in traced.graph.nodes:
-        if node.op in ("placeholder", "get_attr") or node in flow.values:
-            continue
-        rule = Rule(traced, flow, node)
-        if node not in overwritten and node.op != "output":
-            rule = rule_of(traced, flow, node)
-        if not rule.forward():
-            rule = Rule(traced, flow, node)
-            rule.forward()
-        rules.append(rule)
-    for rule in reversed(rules):
-        rule.backward()
-    return flow, rules
 
 
 def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
@@ -227,18 +167,3 @@ def _refuse_other_sizes(traced: fx.GraphModule) -> None:
     message = f"the input is expected to be of the fixed size {size} this model was shrunk for"
     with graph.inserting_after(same):
         graph.call_function(torch._assert, (same, message))
-
-
-def _check(expected: Any, found: Any) -> None:
-    for before, after in zip(tree_leaves(expected), tree_leaves(found), strict=True):
-        if not isinstance(before, Tensor) or not before.is_floating_point():
-            continue
-        error = torch.linalg.vector_norm((after - before).double())
-        scale = torch.linalg.vector_norm(before.double())
-        # Far above what rounding leaves, far below what a mistake makes.
-        if not error <= torch.finfo(before.dtype).eps ** 0.5 * scale:
-            raise RuntimeError(
-                "`model` is expected to compute the same after shrinking, but on `example_input` "
-                f"the relative difference is {float(error / scale):.1e}; its forward pass depends "
-                "on more than the input, or this is a fault of shrink: please report it"
-            )

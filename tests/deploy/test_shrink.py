@@ -345,6 +345,27 @@ def test_a_branch_works_on_the_channels_it_needs():
     assert agree(model, small, torch.randn(3, 2, 9, 9).double())
 
 
+def test_a_layer_may_read_what_is_copied_for_others():
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a = nn.Conv2d(2, 16, 1), nn.Conv2d(16, 16, 1)
+            self.b, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            copied = self.a(x)  # twelve of its channels are copies of one
+            return self.head(x + copied + self.b(copied))
+
+    torch.manual_seed(0)
+    model = Reading().double()
+    constant(model.a, [1] * 12)
+    small = shrink(model, torch.randn(1, 2, 8, 8).double())
+    (copying,) = (node for node in small.graph.nodes if node.target is torch.index_select)
+    assert {user.target for user in copying.users} == {"b", operator.add}
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_heads_go_and_channels_that_every_head_can_spare(batch_first):
     class Attending(nn.Module):

@@ -1,0 +1,225 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock
+
+from pruneflow import NM, Block, Channels, Pruner, Random, compute_masks, magnitude, sparsity_report
+from pruneflow.costs import multiply_adds
+from pruneflow.deploy import shrink
+
+IMAGE = torch.zeros(1, 3, 32, 32)
+
+
+def small_resnet(width=8):
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4, norm_layer=nn.BatchNorm2d)
+    model.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+    model.bn1 = nn.BatchNorm2d(width)
+    model.layer1 = nn.Sequential(block(width, width), block(width, width))
+    model.layer2 = nn.Sequential(block(width, 2 * width, stride=2))
+    model.layer3 = model.layer4 = nn.Identity()
+    model.fc = nn.Linear(2 * width, 4)
+    return model
+
+
+def block(inputs, outputs, stride=1):
+    down = None
+    if inputs != outputs:
+        down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    return BasicBlock(inputs, outputs, stride, down)
+
+
+# -- N of M ---------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 99), path=st.lists(st.floats(0, 0.5), max_size=3).map(sorted))
+def test_n_of_each_m_stay_in_every_round_and_just_they_in_the_end(seed, path):
+    torch.manual_seed(seed)
+    weights = {"a": torch.randn(3, 8), "b": torch.randn(2, 4, 3, 3), "c": torch.zeros(2, 4)}
+    masks = None
+    for round, sparsity in enumerate([*path, 0.5], start=1):
+        masks = compute_masks(
+            weights,
+            sparsity,
+            importance=Random(seed),
+            granularity=NM(2, 4),
+            masks=masks,
+            round=round,
+        )
+        kept = [mask.movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1) for mask in masks.values()]
+        assert all((counts >= 2).all() for counts in kept)
+    assert all((counts == 2).all() for counts in kept)
+
+
+def test_the_best_of_each_group_stay_whatever_others_have():
+    weights = {"weight": torch.tensor([[9.0, 8.0, 7.0, 6.0, 0.4, 0.1, 0.2, 0.3]])}
+    mask = compute_masks(weights, 0.25, importance=magnitude, granularity=NM(2, 4))["weight"]
+    assert mask.tolist() == [[True, True, True, True, True, False, False, True]]
+
+
+def test_refuses_what_groups_cannot_be():
+    odd = {"good": torch.ones(4, 8), "odd": torch.ones(4, 6), "bias": torch.ones(8)}
+    with pytest.raises(ValueError, match=r"odd \(4, 6\), bias \(8,\) came; `exclude` them"):
+        compute_masks(odd, 0.5, importance=magnitude, granularity=NM(2, 4))
+    with pytest.raises(ValueError, match=r"at most 0\.25 with NM"):
+        compute_masks({"a": odd["good"]}, 0.5, importance=magnitude, granularity=NM(3, 4))
+    for n, m in ((0, 4), (4, 4), (5, 4)):
+        with pytest.raises(ValueError, match="0 < n < m"):
+            NM(n, m)
+
+
+# -- blocks ---------------------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 4), columns=st.none() | st.integers(1, 5), sparsity=st.floats(0, 0.99))
+def test_blocks_go_whole_and_as_few_as_reach_the_target(rows, columns, sparsity):
+    torch.manual_seed(rows)
+    weights = {"a": torch.randn(7, 2, 3), "b": torch.randn(5, 4)}
+    masks = compute_masks(weights, sparsity, importance=magnitude, granularity=Block(rows, columns))
+    sizes = []
+    for mask in masks.values():
+        for band in mask.flatten(1).split(rows):
+            for part in band.split(columns or mask[0].numel(), dim=1):
+                assert part.all() or not part.any()
+                sizes.append(part.numel())
+    assert masks.pruned >= sparsity * 62 * (1 - 1e-9)
+    assert masks.pruned - max(sizes) < sparsity * 62
+
+
+def test_blocks_compete_within_their_scope_and_stay_pruned():
+    weights = {"a": torch.tensor([[1.0, 1.0, 2.0, 2.0]]), "b": torch.tensor([[8.0, 8.0, 9.0, 9.0]])}
+    settings = {"importance": magnitude, "granularity": Block(1, 2)}
+    layer = compute_masks(weights, 0.5, scope="layer", **settings)
+    assert [m.tolist() for m in layer.values()] == [[[False, False, True, True]]] * 2
+    together = compute_masks(weights, 0.5, **settings)
+    assert (together["a"].any(), together["b"].all()) == (False, True)
+    more = compute_masks({k: -10 / w for k, w in weights.items()}, 0.75, masks=together, **settings)
+    assert not more["a"].any()
+    with pytest.raises(ValueError, match=r"the present one, 0\.75, but 0\.1 came"):
+        compute_masks(weights, 0.1, masks=more, **settings)
+
+
+# -- channels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("by_cost", [False, True])
+def test_channels_go_with_all_that_belongs_to_them_and_shrink_cuts_them_out(scope, by_cost):
+    model = small_resnet()
+    costs = multiply_adds(model, IMAGE) if by_cost else None
+    pruner = Pruner(
+        model,
+        granularity=Channels(IMAGE),
+        scope=scope,
+        costs=costs,
+        exclude=("fc.*",),
+        optimizers=[],
+    )
+    weights = [name for name in pruner.names if name.endswith("weight")]
+    for target in (0.3, 0.6):
+        pruner.prune_to(target)
+        price = costs or dict.fromkeys(weights, 1.0)
+        slots = dict(model.named_parameters())
+        total = sum(price[n] * slots[n].numel() for n in weights if slots[n].dim() == 4)
+        gone = sum(price[n] * int((slots[n] == 0).sum()) for n in weights if slots[n].dim() == 4)
+        assert target <= gone / total < target + 0.15
+    pruner.remove()
+    # All that is zero is cut out: nothing but whole channels, and nothing of them is left.
+    report, small = sparsity_report(model, IMAGE), shrink(model, IMAGE)
+    assert sparsity_report(small, IMAGE).multiply_adds == report.remaining_multiply_adds
+    assert not any((p == 0).any() for p in small.parameters() if p.dim() > 1)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(small(images), model.eval()(images), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_lose_the_same_fraction_of_channels_with_scope_layer():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].weight.data *= 1e-3  # of a scale that would let all of it go first
+    pruner = Pruner(model, granularity=Channels(torch.zeros(1, 4)), scope="layer", optimizers=[])
+    masks = pruner.prune_to(0.6)
+    assert (int(masks["0.bias"].sum()), int(masks["2.bias"].sum())) == (4, 2)
+
+
+def test_a_channel_counts_what_it_writes_and_what_reads_it():
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False))
+    model[0].weight.data = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    model[2].weight.data = torch.tensor([[9.0, 1.0, 1.0]])  # the first is read by much
+    pruner = Pruner(model, granularity=Channels(torch.zeros(1, 2)), optimizers=[])
+    masks = pruner.prune_to(0.3)
+    assert masks["0.weight"].tolist() == [[True, True], [False, False], [True, True]]
+    assert masks["2.weight"].tolist() == [[True, False, True]]
+
+
+def test_one_channel_of_each_layer_stays_and_wide_layers_keep_whole_vectors():
+    model = nn.Sequential(
+        nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+    )
+    pruner = Pruner(model, granularity=Channels(torch.zeros(1, 4)), optimizers=[])
+    for target in (0.1, 0.5, 0.8, 0.9):
+        masks = pruner.prune_to(target)
+        for kept in (int(masks["0.bias"].sum()), int(masks["2.bias"].sum())):
+            assert kept <= 16 or kept % 16 == 0
+    with pytest.raises(ValueError, match="where one channel of each layer is left"):
+        pruner.prune_to(0.9999)
+    assert int(pruner.masks["0.bias"].sum()) >= 1
+
+
+def test_training_goes_on_with_dead_channels_and_momentum():
+    model = small_resnet()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+    pruner = Pruner(model, granularity=Channels(IMAGE), optimizers=[optimizer])
+    masks = pruner.prune_to(0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+    slots = dict(model.named_parameters())
+    assert {name for name in masks if not masks[name].all()} > {"bn1.weight", "bn1.bias"}
+    assert all(not slots[name][~mask].any() for name, mask in masks.items())
+    assert all(slots[name][mask].all() for name, mask in masks.items() if name.endswith("weight"))
+
+
+def test_layers_that_are_left_out_keep_their_channels():
+    model = small_resnet()
+    left_out = ("layer1.0.conv1.weight", "fc.*")
+    masks = Pruner(
+        model, granularity=Channels(IMAGE), exclude=left_out, scope="layer", optimizers=[]
+    ).prune_to(0.4)
+    written = masks["layer1.0.bn2.weight"]
+    assert "layer1.0.bn1.weight" not in masks  # its channels are written by what is left out
+    assert torch.equal(written, masks["bn1.weight"])
+    assert not written.all()
+    assert torch.equal(masks["layer1.0.conv1.weight"].flatten(2).any(2).any(0), written)
+
+
+def test_says_what_channels_need():
+    model = small_resnet()
+    with pytest.raises(ValueError, match="`example_input` is expected"):
+        Pruner(model, granularity=Channels(), optimizers=[])
+    with pytest.raises(ValueError, match="'global' or 'layer' for channels"):
+        Pruner(model, granularity=Channels(IMAGE), scope={"all": ["*"]}, optimizers=[]).prune_to(
+            0.5
+        )
+    with pytest.raises(ValueError, match="written by a layer that is left out"):
+        Pruner(model, granularity=Channels(IMAGE), include=("fc.weight",), optimizers=[])
+    with pytest.raises(ValueError, match="which has its own"):
+        Pruner(
+            model,
+            importance=torch.nn.utils.prune.L1Unstructured,
+            granularity=Channels(IMAGE),
+            optimizers=[],
+        )
+
+
+def test_coupling_leaves_the_model_as_it_is():
+    model = small_resnet().train()
+    before = copy.deepcopy(model.state_dict())
+    Pruner(model, granularity=Channels(IMAGE), optimizers=[])
+    assert all(module.training for module in model.modules())
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
