@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from tables import write_between
 from torch import Tensor
 
 from pruneflow import sparsity
@@ -76,9 +77,7 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        before, rest = README.read_text().split(BEGIN)
-        after = rest.split(END, 1)[1]
-        README.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+        write_between(README, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import lightning as L
 import torch
 import torchvision
 from lightning.pytorch.callbacks import ModelPruning
+from tables import write_between
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import Optimizer
@@ -296,9 +297,7 @@ def main() -> None:
         text += f"\n{title}:\n\n{table(case, arguments.turns)}\n"
     print(text)
     if arguments.write:
-        before, rest = README.read_text().split(BEGIN)
-        after = rest.split(END, 1)[1]
-        README.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+        write_between(README, BEGIN, END, text)
 
 
 if __name__ == "__main__":

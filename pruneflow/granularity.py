@@ -242,7 +242,7 @@ class CoupledChannels:
             for dim in range(values.dim()):
                 unit = self._units.get((name, dim))
                 if unit is not None:
-                    rows = values.movedim(dim, 0).flatten(1).sum(1).cpu()
+                    rows = values.movedim(dim, 0).reshape(len(unit), -1).sum(1).cpu()
                     sums.index_add_(0, unit[unit >= 0], rows[unit >= 0])
         return sums
 

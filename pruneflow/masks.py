@@ -243,7 +243,7 @@ def _weight_masks(
     join = gather if sharded else one_process
     price = costs or dict.fromkeys(tensors, 1.0)
     sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-    total = sum(price[name] * size for name, size in sizes.items())
+    total = sum(price[name] * size for name, size in sizes.items()) or 1.0
 
     def pruned(masks: Mapping[str, Tensor]) -> dict[str, int]:
         """Of each tensor how many weights, in all processes."""

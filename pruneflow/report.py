@@ -253,8 +253,38 @@ def _forms(forms: Sequence[Form]) -> Section:
         rows=tuple(rows),
         note=(
             "Each form is built from its file and measured on the CPU: latencies in turns in one "
-            "process, peak memory in a process of its own, accuracy on the test set. In brackets: "
-            "the dense network in PyTorch divided by this form; more than 1 is better."
+            "process, peak memory in a process of its own (on Linux), accuracy on the test set. In "
+            "brackets: the dense network in PyTorch divided by this form; more than 1 is better. "
+            "No gain is what is no smaller than that, or no faster than the fastest dense form."
+        ),
+    )
+
+
+_READ_BY = {
+    "model.safetensors": "PyTorch: load_state_dict(safetensors.torch.load_file(FILE))",
+    "model.packed": "pruneflow: load_state_dict(pruneflow.deploy.load_packed(FILE))",
+    "shrunk.pt2": "PyTorch alone, without the model's code: torch.export.load(FILE).module()",
+    "shrunk.onnx": "ONNX Runtime and whatever else takes ONNX",
+}
+
+
+def _files(facts: Facts) -> Section:
+    size = facts["size"]
+    written: dict[str, int | None] = {
+        "model.safetensors": size["model_bytes"],
+        "model.packed": size["packed_bytes"],
+        **{form["file"]: form["bytes"] for form in facts["forms"] if form["file"] is not None},
+    }
+    shrunk = any(name.startswith("shrunk") for name in written)
+    return Section(
+        title="Files",
+        header=("file", "bytes", "read by"),
+        rows=tuple((name, _count(bytes_), _READ_BY[name]) for name, bytes_ in written.items()),
+        note=(
+            "The shrunk ones take batches of any size of images of the size that the network was "
+            "tested on."
+            if shrunk
+            else ""
         ),
     )
 
@@ -270,6 +300,7 @@ def _document(facts: Facts) -> Document:
         sections=(
             _before_and_after(facts),
             *([_forms(facts["forms"])] if facts["forms"] else []),
+            _files(facts),
             _rounds(facts),
             Section(
                 title="Plots",

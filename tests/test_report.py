@@ -56,6 +56,8 @@ def make_facts(target=0.75, planned=2, run=2):
         "scope": "global",
         "schedule": "Compounding(target=0.75, rounds=2)",
         "importance": "magnitude",
+        "granularity": "weights",
+        "costs": None,
         "classes": ["zero", "one"],
         "plan": plan,
         "dense": {"epochs": 3, "val_accuracy": 0.9512, "test_accuracy": 0.9467},
@@ -63,6 +65,7 @@ def make_facts(target=0.75, planned=2, run=2):
         "rounds": rounds,
         "final": {
             "sparsity": 1 - final_kept / total,
+            "removed": 1 - final_kept / total,
             "val_accuracy": 0.9281,
             "test_accuracy": 0.9213,
             "test_per_class": [0.9876, 0.8765],
@@ -185,7 +188,7 @@ def test_both_renderings_hold_the_same_cells(tmp_path):
     facts["command"] = "python -m pruneflow 'data.root=[1]' `x` ~y~"
     markdown, page = write(tmp_path, facts)
     tables = markdown_tables(markdown)
-    assert len(tables) == 6
+    assert len(tables) == 7
     assert tables == html_tables(page)
     cells = [cell for table in tables for row in table for cell in row]
     assert {*facts["classes"], facts["command"]} <= set(cells)
@@ -193,7 +196,7 @@ def test_both_renderings_hold_the_same_cells(tmp_path):
 
 @pytest.mark.usefixtures("no_drawing")
 def test_first_two_tables_to_the_letter(tmp_path):
-    before_and_after, rounds, *_ = markdown_tables(write(tmp_path, make_facts())[0])
+    before_and_after, _, rounds, *_ = markdown_tables(write(tmp_path, make_facts())[0])
     assert before_and_after == [
         ["", "dense", "pruned", "change"],
         ["test accuracy", "94.67 %", "92.13 %", "−2.54 points"],
@@ -224,6 +227,7 @@ def test_what_is_handed_over_is_a_table_of_forms(tmp_path):
     facts = make_facts()
     dense = {"name": "dense", "bytes": 4_000_000, "peak_bytes": 9_000_000, "throughput": 1234.5}
     dense |= {"seconds": {"1": 0.004}, "speedup": {"1": 1.0}, "accuracy": 0.9467, "note": ""}
+    dense |= {"file": None}
     packed = dense | {"name": "packed", "bytes": 80_000, "accuracy": 0.9213}
     markdown, page = write(tmp_path, facts | {"forms": [dense, packed]})
     header, *rows = markdown_tables(markdown)[1]
@@ -232,9 +236,23 @@ def test_what_is_handed_over_is_a_table_of_forms(tmp_path):
     assert rows[0][:4] == ["dense", "4 (1.00×)", "9 (1.00×)", "4 (1.00×)"]
     assert rows[1][1] == "0.08 (50.0×)"
     assert rows[1][5] == "92.13 %"
-    assert rows[1][6] == "No gain here in speed."
+    assert rows[1][6] == "No gain here in memory or in speed."
     printed = forms_summary([dense, packed])
     assert [str(column.header) for column in printed.columns] == header
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_files_are_those_that_were_written(tmp_path):
+    facts = make_facts()
+    header, *rows = markdown_tables(write(tmp_path, facts)[0])[1]
+    assert header == ["file", "bytes", "read by"]
+    assert [row[:2] for row in rows] == [["model.safetensors", "16,888"], ["model.packed", "4,222"]]
+    form = {"name": "shrunk", "file": "shrunk.pt2", "bytes": 9_876, "peak_bytes": None}
+    form |= {"throughput": None, "accuracy": None, "note": "", "seconds": {}, "speedup": {}}
+    refused = form | {"name": "shrunk, ONNX Runtime", "file": None, "bytes": None}
+    tables = markdown_tables(write(tmp_path, facts | {"forms": [form, refused]})[0])
+    assert [row[:2] for row in tables[2][1:]][2:] == [["shrunk.pt2", "9,876"]]
+    assert "torch.export.load(FILE).module()" in tables[2][-1][2]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +300,7 @@ def test_an_unreached_target_stands_at_the_top_everywhere(tmp_path):
         assert "Target not reached." in text
         assert f"90.00 % was asked for: {short:,} weights short" in text
         assert "after 2 of 5 rounds" in text
-    rows = [row[0] for row in markdown_tables(markdown)[1][2:]]
+    rows = [row[0] for row in markdown_tables(markdown)[2][2:]]
     assert rows == ["1", "2", "3 (not run)", "4 (not run)", "5 (not run)"]
 
 
@@ -304,14 +322,14 @@ def test_a_target_not_known_ahead(tmp_path):
         line.update(amount=None, sparsity=None, kept=None)
     markdown, _ = write(tmp_path, facts)
     assert "**Sparsity was not known ahead.** 75.00 % of 4,072" in markdown
-    assert markdown_tables(markdown)[1][2][2:6] == ["–", "–", "–", "50.00 %"]
+    assert markdown_tables(markdown)[2][2][2:6] == ["–", "–", "–", "50.00 %"]
 
 
 def test_no_rounds_at_all(tmp_path):
     markdown, _ = write(tmp_path, make_facts(target=0.0, planned=0))
     assert all_files(tmp_path) == FILES
     assert "**Nothing was pruned.** 0.00 % of 4,072" in markdown
-    assert len(markdown_tables(markdown)[1]) == 2  # header and the dense phase
+    assert len(markdown_tables(markdown)[2]) == 2  # header and the dense phase
 
 
 @pytest.mark.usefixtures("no_drawing")

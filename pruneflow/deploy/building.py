@@ -29,38 +29,20 @@ class Built:
 
     Args:
         run: From a batch to outputs.
-        bytes: Of its file.
-        source: What a fresh process loads to run the same: a module to pickle, or the file.
+        file: What it was built from.
+        network: What a process of its own unpickles to run the same; None where it loads the file.
         layout: Memory format that batches are brought into.
     """
 
     run: Run
-    bytes: int
-    source: nn.Module | Path
+    file: Path
+    network: nn.Module | None = None
     layout: torch.memory_format = torch.contiguous_format
 
-    @classmethod
-    def in_pytorch(
-        cls,
-        network: nn.Module,
-        layout: torch.memory_format,
-        file: Path | None = None,
-        source: Path | None = None,
-    ) -> Built:
-        """A network, run by PyTorch itself."""
-        return cls(
-            lambda batch: network(batch.contiguous(memory_format=layout)),
-            file.stat().st_size if file else 0,
-            source or network,
-            layout,
-        )
 
-    @classmethod
-    def in_onnx_runtime(cls, network: nn.Module, example: Tensor, file: Path) -> Built:
-        """A network as an ONNX file."""
-        export_onnx(network, example, file)
-        model = OnnxModel(file, torch.get_num_threads())
-        return cls(model, file.stat().st_size, file)
+def in_pytorch(network: nn.Module, layout: torch.memory_format) -> Run:
+    """Run a network on batches that are brought into a memory format."""
+    return lambda batch: network(batch.contiguous(memory_format=layout))
 
 
 @dataclass(frozen=True)
@@ -118,18 +100,18 @@ class Builder:
         return built, notes
 
     def _dense(self) -> Built:
-        return self._in_pytorch(self.dense, self.scratch / "dense.safetensors")
+        return self._stored(self.dense, self.scratch / "dense.safetensors")
 
     def _dense_onnx(self) -> Built:
-        return Built.in_onnx_runtime(self.dense, self.example, self.scratch / "dense.onnx")
+        return self._onnx(self.dense, self.scratch / "dense.onnx")
 
     def _zeros(self) -> Built:
-        return self._in_pytorch(self.pruned, self.scratch / "zeros.safetensors")
+        return self._stored(self.pruned, self.scratch / "zeros.safetensors")
 
     def _packed(self) -> Built:
         network = self._laid_out(self.pruned)
         network.load_state_dict(load_packed(self._packed_file))
-        return Built.in_pytorch(network, self.layout, self._packed_file)
+        return self._in_pytorch(network, self._packed_file)
 
     def _shrunk(self) -> Built:
         file = self.folder / "shrunk.pt2"
@@ -141,10 +123,20 @@ class Builder:
         )
         with write_whole(file) as temporary:
             torch.export.save(program, temporary)
-        return Built.in_pytorch(torch.export.load(file).module(), self.layout, file, file)
+            run = in_pytorch(torch.export.load(temporary).module(), self.layout)
+            for count in (1, 3):
+                batch = torch.cat([self.example] * count)
+                with torch.no_grad():
+                    wrong = mismatch(self.pruned(batch), run(batch))
+                if wrong is not None:
+                    raise ValueError(
+                        f"{file.name} was not written: read back, its outputs for a batch of "
+                        f"{count} are {wrong}."
+                    )
+        return Built(run, file, layout=self.layout)
 
     def _shrunk_onnx(self) -> Built:
-        return Built.in_onnx_runtime(self._shrunk_model, self.example, self.folder / "shrunk.onnx")
+        return self._onnx(self._shrunk_model, self.folder / "shrunk.onnx")
 
     def _sparse(self) -> Built:
         threads = torch.get_num_threads()
@@ -152,12 +144,19 @@ class Builder:
             compiled = sparse_compile(self._shrunk_model, self.example, threads=threads)
         except (ValueError, RuntimeError):  # shrinking may use operations that it does not know
             compiled = sparse_compile(self.pruned, self.example, threads=threads)
-        return Built(compiled, self._packed_file.stat().st_size, compiled)
+        return Built(compiled, self._packed_file, compiled)
 
-    def _in_pytorch(self, network: nn.Module, file: Path) -> Built:
+    def _stored(self, network: nn.Module, file: Path) -> Built:
         with write_whole(file) as temporary:
             save_model(network, str(temporary))
-        return Built.in_pytorch(self._laid_out(network), self.layout, file)
+        return self._in_pytorch(self._laid_out(network), file)
+
+    def _in_pytorch(self, network: nn.Module, file: Path) -> Built:
+        return Built(in_pytorch(network, self.layout), file, network, self.layout)
+
+    def _onnx(self, network: nn.Module, file: Path) -> Built:
+        export_onnx(network, self.example, file)
+        return Built(OnnxModel(file, torch.get_num_threads()), file)
 
     def _laid_out(self, network: nn.Module) -> nn.Module:
         return copy.deepcopy(network).to(memory_format=self.layout)

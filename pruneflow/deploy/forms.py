@@ -8,25 +8,27 @@ whatever else the machine does touches them alike; peak memory is measured in a 
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from pruneflow.deploy.building import Builder, Built, Run
+from pruneflow.deploy.building import Builder, Built, Run, in_pytorch
 from pruneflow.deploy.peak import peak_bytes
 
 _MOST_TURNS, _FEWEST_TURNS = 11, 3
 _SECONDS = 20.0  # for all forms at one batch size, unless the fewest turns take longer
-_WARM_UP, _BURST = 0.005, 0.02  # seconds that a turn lasts at least; shorter runs are repeated
-_SMALLER, _FASTER = 0.99, 1.05  # what counts as a gain: bytes and times differ by a little anyhow
+_WARM_UP, _BURST = 0.003, 0.01  # seconds that a turn lasts at least; shorter runs are repeated
+# What counts as a gain: bytes, peaks and times differ by a little anyhow.
+_SMALLER, _LIGHTER, _FASTER = 0.99, 0.95, 1.05
 _MISSING = "–"
 
 
@@ -34,6 +36,7 @@ class Form(TypedDict):
     """One form of the model, in plain builtins; what was not measured is None or has no entry."""
 
     name: str
+    file: str | None  # its name in the folder; None where it was only weighed
     bytes: int | None  # of its file
     peak_bytes: int | None  # of memory, while it runs the largest batch
     seconds: dict[str, float]  # batch size -> median time of a run
@@ -105,7 +108,9 @@ def measure_forms(
                 form = _form(name, note)
                 if name in built:
                     _add_times(form, times)
-                    form["bytes"] = built[name].bytes
+                    file = built[name].file
+                    form["bytes"] = file.stat().st_size
+                    form["file"] = file.name if file.parent == builder.folder else None
                     if evaluate is not None:
                         with torch.no_grad():
                             form["accuracy"] = evaluate(built[name].run)
@@ -120,8 +125,8 @@ def table(forms: Sequence[Form]) -> list[tuple[str, ...]]:
     """Put forms into a table of text.
 
     In brackets stands dense in PyTorch divided by this form: more than 1 is better. A form that is
-    not smaller than dense, or not 1.05 times as fast as the fastest dense form at a batch size, is
-    told to be no gain there.
+    not smaller than dense, in its file or in memory, or not 1.05 times as fast as the fastest dense
+    form at a batch size, is told to be no gain there.
 
     Args:
         forms: As `measure_forms` gives them.
@@ -162,8 +167,7 @@ def markdown(forms: Sequence[Form]) -> str:
         forms: As `measure_forms` gives them.
 
     Example:
-        >>> figures = {"peak_bytes": None, "throughput": None, "accuracy": 0.8, "note": ""}
-        >>> dense = Form(name="dense", bytes=4_000_000, seconds={}, speedup={}, **figures)
+        >>> dense = {**_form("dense", ""), "bytes": 4_000_000, "accuracy": 0.8}
         >>> print(markdown([dense, {**dense, "name": "packed", "bytes": 100_000}]))
         | form | file, MB | peak memory, MB | samples/s | accuracy | note |
         | --- | ---: | ---: | ---: | ---: | --- |
@@ -180,6 +184,7 @@ def markdown(forms: Sequence[Form]) -> str:
 def _form(name: str, note: str) -> Form:
     return {
         "name": name,
+        "file": None,
         "bytes": None,
         "peak_bytes": None,
         "seconds": {},
@@ -198,8 +203,7 @@ def _faster_layout(network: nn.Module, batch: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     layouts = (torch.contiguous_format, torch.channels_last)
     rows, pixels = (
-        Built.in_pytorch(copy.deepcopy(network).to(memory_format=layout), layout).run
-        for layout in layouts
+        in_pytorch(copy.deepcopy(network).to(memory_format=layout), layout) for layout in layouts
     )
     try:
         times = _take_turns({"rows": rows, "pixels": pixels}, batch, most=_FEWEST_TURNS)
@@ -251,33 +255,38 @@ def _add_times(form: Form, times: Mapping[int, Mapping[str, Sequence[float]]]) -
 def _add_peaks(
     forms: Sequence[Form], built: Mapping[str, Built], batch: Tensor, scratch: Path
 ) -> None:
-    threads = torch.get_num_threads()
-
-    def add(form: Form) -> None:
-        own, folder = built[form["name"]], scratch / form["name"]
-        folder.mkdir()
+    if sys.platform != "linux":
+        return
+    models: dict[str, tuple[Path, Path]] = {}
+    peaks: dict[str, int | str] = {}
+    for name, own in built.items():
+        model, inputs = own.file, scratch / f"{own.layout}.pt"
         try:
-            source = own.source
-            if isinstance(source, nn.Module):
-                torch.save(source, folder / "form.pt")
-                source = folder / "form.pt"
-            torch.save(batch.contiguous(memory_format=own.layout), folder / "batch.pt")
-            form["peak_bytes"] = peak_bytes(source, folder / "batch.pt", threads)
+            if own.network is not None:
+                model = scratch / f"{name}.pt"
+                torch.save(own.network, model)
         except (RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
-            form["note"] = (
-                f"{form['note']} Peak memory was not measured: {str(error).rstrip('.')}.".strip()
-            )
-
-    # The times are taken, and memory does not mind that another form is measured meanwhile.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(add, (form for form in forms if form["name"] in built)))
+            peaks[name] = str(error)
+        else:
+            if not inputs.exists():
+                torch.save(batch.contiguous(memory_format=own.layout), inputs)
+            models[name] = model, inputs
+    measured = peak_bytes(list(models.values()), torch.get_num_threads())
+    peaks.update(zip(models, measured, strict=True))
+    for form in forms:
+        peak = peaks.get(form["name"])
+        if isinstance(peak, str):
+            said = f"Peak memory was not measured: {peak.rstrip('.')}."
+            form["note"] = f"{form['note']} {said}".strip()
+        else:
+            form["peak_bytes"] = peak
 
 
 # -- the table's text ------------------------------------------------------------------------------
 
 
 def _no_gain(form: Form, forms: Sequence[Form]) -> str:
-    """Say where a form is neither smaller than dense nor faster than the fastest dense form.
+    """Say in what a form is no smaller than dense, or no faster than the fastest dense form.
 
     Example:
         >>> def form(name, size, seconds):
@@ -299,13 +308,15 @@ def _no_gain(form: Form, forms: Sequence[Form]) -> str:
         for batch, seconds in form["seconds"].items()
         if seconds * _FASTER > min(d["seconds"][batch] for d in dense if d["seconds"])
     ]
-    gains = []
+    missing = []
     if (form["bytes"] or 0) > _SMALLER * (forms[0]["bytes"] or 0):
-        gains.append("in size")
+        missing.append("in size")
+    if (form["peak_bytes"] or 0) > _LIGHTER * (forms[0]["peak_bytes"] or math.inf):
+        missing.append("in memory")
     if slow:
         where = "" if len(slow) == len(form["seconds"]) else f" at batch {' and '.join(slow)}"
-        gains.append(f"in speed{where}")
-    return f"No gain here {' or '.join(gains)}." if gains else ""
+        missing.append(f"in speed{where}")
+    return f"No gain here {' or '.join(missing)}." if missing else ""
 
 
 def _megabytes(size: int | None, dense: int | None) -> str:

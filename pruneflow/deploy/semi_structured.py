@@ -20,9 +20,10 @@ _TYPES = (torch.float16, torch.bfloat16)
 def to_semi_structured(model: nn.Module) -> nn.Module:
     """Give the eligible `nn.Linear` layers weights in PyTorch's compressed 2:4 form.
 
-    For inference on an NVIDIA GPU, after a run that pruned 2 of every 4 weights along the inputs.
-    Each layer is compared with the dense one on random numbers before it is taken. What is not
-    eligible stays dense, and a log line names it with the reason, as `eligibility` gives it.
+    For inference on an NVIDIA GPU, after a run that pruned with `granularity=NM(2, 4)` to a
+    sparsity of 0.5. Each layer is compared with the dense one on random numbers before it is taken.
+    What is not eligible stays dense, and a log line names it with the reason, as `eligibility`
+    gives it.
 
     Args:
         model: On a CUDA device of compute capability 8.0 or more, in float16 or bfloat16.
@@ -48,8 +49,8 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
         raise ValueError(
             "`model` is expected to have an nn.Linear layer that 2:4 kernels run, but "
             + (f"none is: {told}" if told else "it has no nn.Linear")
-            + "; prune 2 of every 4 weights along the inputs, and move the model to a CUDA GPU in "
-            "float16 or bfloat16"
+            + "; prune to a sparsity of 0.5 with granularity=NM(2, 4), and move the model to a "
+            "CUDA GPU in float16 or bfloat16"
         )
     if told:
         _log.warning("Left dense: %s", told)

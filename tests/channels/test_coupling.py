@@ -291,8 +291,10 @@ def test_channels_with_inputs_of_the_model_beside_them_stay_apart():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
+        model.b.weight[0, :2] = 1  # of the inputs
+        model.last.weight[0, 0] = 1
     assert remove_channels(model, torch.zeros(1, 2)) == 2
-    assert model.b.weight.shape == (1, 3)
+    assert model.b.weight.shape == (1, 3) and (model.b.out_features, model.b.in_features) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -454,6 +456,7 @@ def test_sizes_of_layers_with_groups_and_of_transposed_ones():
     coupling = find_coupling(model, x)
     dead = torch.tensor([True, False, False, True, False])
     zero(model, coupling, dead)
+    model[1].weight.data.fill_(0.5)  # of channels that are gone it does not matter
     expected = model(x)
     assert remove_channels(model, x) == 2
     assert str(model).splitlines()[1:-1] == [
@@ -598,15 +601,20 @@ def test_optimizers_that_cannot_follow_are_refused_before_anything_changes(optim
     assert everything(model, fine, refused) == before
 
 
-def test_masks_and_hooks_are_refused():
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_are_refused(kind):
     model = two_layers()
-    handle = model[0].bias.register_post_accumulate_grad_hook(lambda _: None)
+    handle = getattr(model[0].bias, kind)(lambda _: None)
     before = everything(model)
     with pytest.raises(ValueError, match=r"`model` .* hooks .* 0.bias have; remove masks"):
         remove_channels(model, PIXELS)
     assert everything(model) == before
     handle.remove()
     assert remove_channels(model, PIXELS) == 1
+
+
+def test_masks_are_refused():
+    model = two_layers()
     prune.l1_unstructured(model[0], "weight", 0.5)
     with pytest.raises(ValueError, match=r"`model` .* 0.weight .*fold_model"):
         find_coupling(model, PIXELS)

@@ -1,8 +1,11 @@
 import json
+import subprocess
 import sys
 
 import pytest
+import torch
 
+import pruneflow
 from pruneflow.deploy.extras import require
 
 
@@ -23,3 +26,24 @@ def test_a_package_that_is_there_and_broken_says_why(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match=r"gave: libtbb\.so\.12 is missing; run pip"):
         require("openvino_broken")
+
+
+def test_packing_from_the_command_line_does_not_import_lightning(tmp_path):
+    torch.save({"weight": torch.eye(3)}, tmp_path / "model.pt")
+    code = (
+        "import sys; from pruneflow.deploy.__main__ import main; main(sys.argv[1:]); "
+        "print(sorted({'lightning', 'torchmetrics', 'torchvision', 'hydra'} & set(sys.modules)))"
+    )
+    arguments = ["pack", str(tmp_path / "model.pt"), str(tmp_path / "model.packed")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_is_imported_when_first_asked_for_is_there_all_the_same():
+    assert set(pruneflow.__all__) <= set(dir(pruneflow))
+    for name in pruneflow.__all__:
+        assert getattr(pruneflow, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'pruneflow' has no attribute 'nonsense'"):
+        pruneflow.nonsense  # noqa: B018

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(forms, "_BURST", 0)
     monkeypatch.setattr(forms, "_WARM_UP", 0)
     monkeypatch.setattr(forms, "_MOST_TURNS", 3)
-    monkeypatch.setattr(forms, "peak_bytes", lambda file, batch, threads: 1_000_000)
+    monkeypatch.setattr(forms, "peak_bytes", lambda models, threads: [1_000_000] * len(models))
     monkeypatch.setattr(building, "shrink", lambda model, example, fixed_size: model)
     monkeypatch.setattr(building, "sparse_compile", lambda model, example, threads: Pass(model))
     monkeypatch.setattr(building, "export_onnx", lambda model, example, path: path.touch())
@@ -85,7 +86,7 @@ def test_every_form_has_its_figures(dense, pruned, image, tmp_path, monkeypatch)
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name, reason="needs pip install 'pruneflow[deploy]'")
     monkeypatch.setattr(forms, "_MOST_TURNS", 3)
-    monkeypatch.setattr(forms, "peak_bytes", lambda file, batch, threads: 1_000_000)
+    monkeypatch.setattr(forms, "peak_bytes", lambda models, threads: [1_000_000] * len(models))
     batch = torch.randn(5, 3, 8, 8)
     found = measure_forms(
         dense,
@@ -108,6 +109,11 @@ def test_every_form_has_its_figures(dense, pruned, image, tmp_path, monkeypatch)
     assert sizes["dense"] == sizes["plain zeros"] > 4 * (288 * 4 + 8 * 27)
     assert sizes["packed"] == sizes["sparse runtime"] == (tmp_path / "model.packed").stat().st_size
     assert sizes["packed"] < sizes["dense"] / 2
+    files = ["model.packed", "shrunk.pt2", "shrunk.onnx", "model.packed"]
+    assert [form["file"] for form in found] == [None] * 3 + files
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(files))
+    program = torch.export.load(tmp_path / "shrunk.pt2").module()
+    assert torch.allclose(program(batch), pruned(batch), atol=1e-5)
     assert sizes["shrunk"] == (tmp_path / "shrunk.pt2").stat().st_size
     assert sizes["shrunk, ONNX Runtime"] == (tmp_path / "shrunk.onnx").stat().st_size
     assert json.loads(json.dumps(found)) == found
@@ -152,6 +158,22 @@ def test_a_form_that_computes_something_else_has_no_figures(measured, monkeypatc
     assert not form["seconds"] and form["accuracy"] is None and form["bytes"] is None
 
 
+def test_a_program_that_computes_something_else_is_not_written(measured, monkeypatch, tmp_path):
+    monkeypatch.setattr(building, "shrink", lambda model, example, fixed_size: Pass(model, shift=1))
+    form = measured()["shrunk"]
+    assert form["note"].startswith("shrunk.pt2 was not written: read back, its outputs for a batch")
+    assert form["bytes"] is None and form["file"] is None
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+def test_where_peak_memory_cannot_be_told_it_is_left_out(measured, monkeypatch):
+    monkeypatch.setattr(forms, "sys", SimpleNamespace(platform="darwin"))
+    found = measured()
+    assert found["dense"]["seconds"]
+    for form in found.values():
+        assert form["peak_bytes"] is None and "memory was" not in form["note"]
+
+
 def test_what_one_form_loads_does_not_reach_the_others(measured, monkeypatch):
     def damaged(path):
         return {name: tensor + 1 for name, tensor in building_load(path).items()}
@@ -177,15 +199,15 @@ def test_what_a_form_warns_of_while_it_is_built_is_its_note(measured, monkeypatc
 
 
 def test_peak_memory_that_cannot_be_measured_is_noted(measured, monkeypatch):
-    def fails(file, batch, threads):
-        raise RuntimeError("ModuleNotFoundError: No module named 'mine'")
-
-    monkeypatch.setattr(forms, "peak_bytes", fails)
-    form = measured()["plain zeros"]
-    assert form["peak_bytes"] is None and form["seconds"]
-    assert form["note"] == (
-        "Peak memory was not measured: ModuleNotFoundError: No module named 'mine'."
+    said = "ModuleNotFoundError: No module named 'mine'"
+    monkeypatch.setattr(
+        forms, "peak_bytes", lambda models, threads: [1, said, *range(2, len(models))]
     )
+    found = measured()
+    form = found["plain zeros"]
+    assert form["peak_bytes"] is None and form["seconds"]
+    assert form["note"] == f"Peak memory was not measured: {said}."
+    assert found["dense"]["peak_bytes"] == 1 and found["packed"]["peak_bytes"] == 2
 
 
 def test_a_class_that_cannot_be_pickled_loses_peak_memory_alone(quick, pruned, image, tmp_path):
@@ -243,6 +265,7 @@ def form(name, size, times, note=""):
     seconds = dict(zip(("1", "16"), times, strict=True)) if times else {}
     return {
         "name": name,
+        "file": None,
         "bytes": size,
         "peak_bytes": size and 2 * size,
         "seconds": seconds,
@@ -280,7 +303,7 @@ def test_the_table_says_what_is_a_gain_and_what_is_not():
     assert rows[7][1:] == (*["–"] * 6, "needs pip install 'pruneflow[deploy]'")
     assert [row[-1] for row in rows[2:6]] == [
         "",
-        "No gain here in size or in speed.",
+        "No gain here in size or in memory or in speed.",
         "No gain here in speed.",
         "No gain here in speed at batch 1.",
     ]

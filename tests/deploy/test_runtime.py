@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from pruneflow.deploy.runtime import model as runtime
-from pruneflow.deploy.runtime import toolchain
+from pruneflow.deploy.runtime import toolchain, tuning
 from pruneflow.deploy.runtime.graph import capture
 from pruneflow.deploy.runtime.lowering import lower
 from pruneflow.deploy.runtime.model import SparseModel, sparse_compile
@@ -213,6 +213,44 @@ def test_nan_and_infinity_stay_in_their_sample():
     assert expected[3].isnan().any() and not expected[4].isnan().any()
     for plan, together in product(compiled._plans.values(), (False, True)):
         torch.testing.assert_close(compiled._run(batch, plan, together), expected, equal_nan=True)
+
+
+def test_each_layer_takes_the_way_whose_steps_were_fastest(monkeypatch):
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 2)), 0.3)
+    network = capture(model, torch.zeros(1, 3, 4, 4))
+    first, second = (layer.output for layer in network.layers)
+    seen = []
+
+    def steps(plans, kernels):
+        seen.extend(plans)
+        seconds = np.ones((len(plans), len(plans[0].steps)))
+        seconds[2, plans[0].made.index(first)] = 0.5
+        seconds[1, plans[0].made.index(second)] = 0.5
+        return seconds
+
+    monkeypatch.setattr(tuning, "_step_seconds", steps)
+    machine = Machine(16, 32, 1)
+    best = tuning.choose(network, machine, None, samples=1, lanes=False)
+    ways = [tuning._options(layer, machine, 1, lanes=False) for layer in network.layers]
+    assert best == {first: ways[0][2], second: ways[1][1]}
+    assert len(seen) == max(map(len, ways))  # each way of each layer is in one
+
+
+def test_steps_are_timed():
+    kernels = toolchain.load()
+    compiled = untimed(prune(resnet(), 0.1), torch.zeros(1, 3, 32, 32))
+    seconds = tuning._step_seconds(list(compiled._plans.values())[:2], kernels)
+    assert seconds.shape == (2, len(compiled.network.layers) + 2)
+    assert (seconds > 0).all() and (seconds < 10).all()
+
+
+def test_big_pictures_run_one_by_one(monkeypatch):
+    monkeypatch.setattr(runtime, "_MOST_ACTIVATIONS", 100)
+    model = nn.Conv2d(3, 4, 1)
+    batch = torch.randn(3, 3, 5, 5)
+    compiled = sparse_compile(model, batch)
+    assert list(compiled.costs) == [(False, 1)]
+    torch.testing.assert_close(compiled(batch), model(batch))
 
 
 def test_the_model_is_left_as_it_is():

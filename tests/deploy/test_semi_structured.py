@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torchvision.models.vision_transformer import MLPBlock
 
+from pruneflow import NM, Pruner
 from pruneflow.deploy import semi_structured
 from pruneflow.deploy.semi_structured import (
     device_reason,
@@ -104,7 +105,20 @@ def test_on_a_cpu_every_layer_is_named_with_its_reason(model):
     assert "0: lies on cpu" in message
     assert "2: is not 2:4: 2048 of 2048" in message
     assert "3: is 10 by 64" in message
-    assert message.endswith("and move the model to a CUDA GPU in float16 or bfloat16")
+    assert message.endswith(
+        "; prune to a sparsity of 0.5 with granularity=NM(2, 4), and move the model to a CUDA GPU "
+        "in float16 or bfloat16"
+    )
+
+
+def test_what_nm_prunes_is_eligible_and_what_others_prune_is_not():
+    torch.manual_seed(0)
+    for granularity, eligible in ((NM(2, 4), True), (NM(1, 4), False), (None, False)):
+        model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).bfloat16()
+        options = {} if granularity is None else {"granularity": granularity}
+        Pruner(model, optimizers=[], **options).prune_to(0.5)
+        for reason in eligibility(model).values():
+            assert reason.startswith("lies on cpu" if eligible else "is not 2:4")
 
 
 def test_without_linear_layers_there_is_nothing_to_convert():

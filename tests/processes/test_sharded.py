@@ -17,6 +17,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.utils import prune
 
 from pruneflow import (
+    NM,
+    Block,
     Given,
     MaskSet,
     Pruner,
@@ -102,6 +104,43 @@ def check_shards(two, importance, scope, placements):
         for (masks, pruned, share), alone in zip(found, expected, strict=True):
             assert same(masks, alone)
             assert (pruned, share) == (alone.pruned, alone.sparsity)
+
+
+def groups_of_four():
+    weights = make_weights()
+    return {"odd rows": weights["half"].float().reshape(9, 8), "ties": weights["ties"]}
+
+
+WAYS = {
+    "by cost": {"costs": {"odd rows": 3.0, "ties": 0.5}},
+    "n of m": {"granularity": NM(2, 4)},
+    "both": {"granularity": NM(2, 4), "costs": {"odd rows": 3.0, "ties": 0.5}},
+}
+
+
+def prune_by(weights, way):
+    masks = compute_masks(weights, 0.2, importance=magnitude, **WAYS[way])
+    return compute_masks(weights, 0.4, importance=magnitude, masks=masks, **WAYS[way])
+
+
+def prune_shards_by(way):
+    return whole(prune_by(shard(groups_of_four(), [Shard(0)]), way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_costs_and_n_of_m_of_shards_are_those_of_the_whole(two, way):
+    assert all(same(masks, prune_by(groups_of_four(), way)) for masks in two(prune_shards_by, way))
+
+
+def refuse_blocks():
+    weights = shard(groups_of_four(), [Shard(0)])
+    with pytest.raises(ValueError, match="shards do not hold whole channels or blocks"):
+        compute_masks(weights, 0.5, importance=magnitude, granularity=Block(1, 2))
+    return True
+
+
+def test_blocks_of_shards_are_refused(two):
+    assert all(two(refuse_blocks))
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)

@@ -30,7 +30,7 @@ _CLAMPS = {  # those without further arguments: the lowest and the highest value
     **dict.fromkeys((torch.relu, torch.relu_, functional.relu, "relu", "relu_"), (0.0, INFINITY)),
     functional.relu6: (0.0, 6.0),
 }
-_POOLS = {
+_POOLS: dict[Any, tuple[Any, str]] = {
     functional.max_pool2d: (nn.MaxPool2d, "stride padding dilation ceil_mode return_indices"),
     functional.avg_pool2d: (
         nn.AvgPool2d,
@@ -141,7 +141,7 @@ class _Capture:
         shape = self.shape(node)
         if len(shape) not in (1, 3):
             self.refuse(node, f"of shape (batch, {', '.join(map(str, shape))})")
-        self.shapes.append((*shape, 1, 1)[:3])  # type: ignore[arg-type]
+        self.shapes.append(cast(Shape, (*shape, 1, 1)[:3]))
         self.values[node] = len(self.shapes) - 1
         return self.values[node]
 
@@ -160,7 +160,7 @@ class _Capture:
             self.refuse(node, "not of a tensor that was computed before")
         return self.values[value]
 
-    def module(self, node: fx.Node, module: nn.Module) -> None:
+    def module(self, node: fx.Node, module: Any) -> None:
         value = self.operand(node)
         kind = type(module)
         # Exact types: a subclass may compute something else.
@@ -169,15 +169,14 @@ class _Capture:
                 self.refuse(node, f"a {kind.__name__} in training mode")
             self.values[node] = value
         elif kind is nn.Conv2d:
-            self.convolution(node, module, value)  # type: ignore[arg-type]
+            self.convolution(node, module, value)
         elif kind in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             if len(self.shape(node)) != 1:
                 self.refuse(node, "a Linear over other than (batch, features)")
-            linear = cast(nn.Linear, module)
             reads = Window((1, 1), kernel=(1, 1), output=(1, 1))
-            self.weighted(node, value, reads, linear.weight.detach()[:, :, None], linear.bias)
+            self.weighted(node, value, reads, module.weight.detach()[:, :, None], module.bias)
         elif kind in (nn.BatchNorm1d, nn.BatchNorm2d):
-            self.norm(node, module, value)  # type: ignore[arg-type]
+            self.norm(node, module, value)
         elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh):
             low = float(getattr(module, "min_val", 0.0))
             high = float(getattr(module, "max_val", INFINITY))
@@ -214,7 +213,7 @@ class _Capture:
         elif target in _POOLS:
             make, names = _POOLS[target]
             given = dict(zip(["kernel_size", *names.split()], arguments, strict=False))
-            self.pool(node, make(**given, **keywords), value)  # type: ignore[arg-type]
+            self.pool(node, make(**given, **keywords), value)
         elif target is functional.adaptive_avg_pool2d or self.means(node):
             self.adaptive(node, value)
         elif target is torch.cat:
@@ -247,11 +246,12 @@ class _Capture:
 
     def means(self, node: fx.Node) -> bool:
         dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        source: Any = node.args[0]
         return (
             node.target in (torch.mean, "mean")
             and isinstance(dims, Sequence)
             and sorted(int(dim) % 4 for dim in dims) == [2, 3]
-            and len(self.shape(node.args[0])) == 3  # type: ignore[arg-type]
+            and len(self.shape(source)) == 3
         )
 
     def weighted(
@@ -308,26 +308,25 @@ class _Capture:
 
     def choose(self, node: fx.Node, value: int) -> None:
         """Channels by number, as `shrink` puts them: a 1x1 convolution with a one in each row."""
-        _, dim, index = node.args
+        dim, index = cast(tuple[int, fx.Node], node.args[1:])
         if dim not in (1, -len(self.shape(node))) or index not in self.constants:
             self.refuse(node, f"a choice of {index} over dimension {dim}")
         channels, *size = self.shapes[value]
-        weight = functional.one_hot(self.constants[index], channels).float()[:, :, None]  # type: ignore[index]
+        weight = functional.one_hot(self.constants[index], channels).float()[:, :, None]
         reads = Window(_pair(size), kernel=(1, 1), output=_pair(size))
         self.weighted(node, value, reads, weight, None)
 
     def concatenate(self, node: fx.Node) -> None:
-        tensors = node.args[0]
+        tensors: Any = node.args[0]
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         known = isinstance(tensors, Sequence) and all(each in self.values for each in tensors)
         if not known or dim not in (1, -len(self.shape(node))):
             self.refuse(node, f"a concatenation over dimension {dim}")
-        inputs = [self.values[each] for each in tensors]  # type: ignore[index, union-attr]
-        self.emit(node, "concatenate", *inputs)
+        self.emit(node, "concatenate", *(self.values[each] for each in tensors))
 
-    def pools(self, node: fx.Node, module: nn.Module, value: int) -> bool:
+    def pools(self, node: fx.Node, module: Any, value: int) -> bool:
         if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
-            self.pool(node, module, value)  # type: ignore[arg-type]
+            self.pool(node, module, value)
         elif type(module) is nn.AdaptiveAvgPool2d:
             self.adaptive(node, value)
         else:

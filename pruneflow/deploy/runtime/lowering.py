@@ -6,7 +6,7 @@ kernels/runtime.h explains: `lanes` puts samples side by side in a vector, `pixe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -27,6 +27,7 @@ from pruneflow.deploy.runtime.plans import (
     Machine,
     Plan,
 )
+from pruneflow.deploy.runtime.tiles import best_shape, cut, cut_rectangle, runs
 
 
 def lower(
@@ -57,6 +58,11 @@ def lower(
     return lowering.plan()
 
 
+def activations(network: Network, machine: Machine, samples: int, *, lanes: bool) -> int:
+    """Floats that the activations of a plan need."""
+    return _Lowering(network, machine, Layout(samples, lanes, machine.lanes)).floats
+
+
 # Output, index and weight of the survivors for each list; floats of the input that a tile reads;
 # the end of the indices; settings of the step.
 _Lowered = tuple[list[tuple[Any, ...]], int, int, dict[str, Any]]
@@ -68,8 +74,9 @@ class _Lowering:
         self.pixels = [height * width for _, height, width in network.shapes]
         self.strides = [layout.stride(pixels) for pixels in self.pixels]
         self.steps: list[dict[str, Any]] = []
-        # Filling a panel reads, and cuts off, what a tap reaches beyond the first and last channel.
-        self.guard = 0 if layout.lanes else 2 * max(self.strides)
+        self.made: list[int] = []
+        # Picking pixels reads, and cuts off, up to four vectors from the last pixel on.
+        self.guard = 0 if layout.lanes else 4 * self.machine.lanes
         self.panel_floats = 0
         self.places, self.floats = self.place()
 
@@ -81,14 +88,16 @@ class _Lowering:
             for value in layer.reads:
                 last[value] = at
         last[network.output] = len(network.layers)
-        sizes = [self.size(value) for value in range(len(network.shapes))]
+        # Each begins, and ends, with a whole vector.
+        width = self.machine.lanes
+        sizes = [-(-self.size(value) // width) * width for value in range(len(network.shapes))]
         places = [-1] * len(sizes)
         living: list[int] = []
         end = 0
         for at, value in enumerate([0, *(layer.output for layer in network.layers)]):
             # What the layer that writes this value reads is still there while it does.
             living = [other for other in living if last[other] >= at - 1]
-            start = self.guard
+            start = 0
             for other in sorted(living, key=places.__getitem__):
                 if places[other] - start >= sizes[value]:
                     break
@@ -102,14 +111,16 @@ class _Lowering:
         """Floats of a value."""
         return self.layout.blocks * self.network.shapes[value][0] * self.strides[value]
 
-    def step(self, kind: str, **settings: Any) -> None:
+    def step(self, kind: str, value: int, **settings: Any) -> None:
         layout = self.layout
         common = {"lanes": int(layout.lanes), "samples": layout.samples, "extra": -1}
         self.steps.append({"kind": KINDS[kind], **common, **settings})
+        self.made.append(value)
 
     def move(self, kind: str, value: int) -> None:
         self.step(
             kind,
+            value,
             **{"in": self.places[value], "out": self.places[value]},
             in_stride=self.strides[value],
             out_stride=self.strides[value],
@@ -118,7 +129,7 @@ class _Lowering:
         )
 
     def take(self, layer: Layer, choice: Choice) -> None:
-        source = layer.inputs[0]
+        source, made = layer.inputs[0], layer.output
         settings: dict[str, Any] = {
             "in": self.places[source],
             "out": self.places[layer.output],
@@ -132,29 +143,33 @@ class _Lowering:
         if layer.kind == "convolution":
             if layer.residual is not None:
                 settings["extra"] = self.places[layer.residual]
-            self.step("convolution", **settings, **self.convolution(layer, choice))
+            self.step("convolution", made, **settings, **self.convolution(layer, choice))
         elif layer.kind == "pool":
             assert layer.table is not None
             table = self.layout.table(layer.table, self.pixels[source])
             mean = layer.mean
             if mean is not None and not self.layout.lanes:
                 mean = np.tile(mean, self.layout.samples)
-                mean = np.pad(mean, (0, self.strides[layer.output] - len(mean)))
+                mean = np.pad(
+                    mean, (0, self.strides[layer.output] + self.machine.lanes - len(mean))
+                )
             settings["channels"] *= self.layout.blocks
-            self.step("pool", **settings, table=table, taps=len(table), scale=mean)
+            if not self.layout.lanes:
+                settings["base"] = _bases(table, self.vector(layer), self.machine.lanes)
+            self.step("pool", made, **settings, table=table, taps=len(table), scale=mean)
         elif layer.kind == "add":
             if len(layer.inputs) == 2:
                 settings["extra"] = self.places[layer.inputs[1]]
             settings["channels"] *= self.layout.blocks
-            self.step("add", **settings)
+            self.step("add", made, **settings)
         elif layer.kind == "flatten":
             settings["channels"] = self.network.shapes[source][0]
             settings["pixels"] = self.pixels[source]
             if self.layout.lanes:  # the same floats in the same order
                 settings["channels"] *= self.layout.blocks
-                self.step("add", **(settings | {"out_stride": self.strides[source]}))
+                self.step("add", made, **(settings | {"out_stride": self.strides[source]}))
             else:
-                self.step("flatten", **settings)
+                self.step("flatten", made, **settings)
         else:
             self.concatenate(layer, settings)
 
@@ -165,7 +180,7 @@ class _Lowering:
                 channels = self.network.shapes[value][0]
                 size = channels * self.strides[value]
                 part = {"in": self.places[value] + block * size, "out": at, "channels": channels}
-                self.step("add", **(settings | part))
+                self.step("add", layer.output, **(settings | part))
                 at += size
 
     def convolution(self, layer: Layer, choice: Choice) -> dict[str, Any]:
@@ -178,8 +193,13 @@ class _Lowering:
         lower_to = self.to_lanes if self.layout.lanes else self.to_pixels
         lists, reach, limit, settings = lower_to(layer, survivors, choice)
         blocks = max(1, -(-reach // choice.reach)) if choice.reach else 1
-        cuts = np.arange(1, blocks) * limit // blocks
-        entries, pointer = _pack(lists, group, groups, cuts)
+        cuts = np.arange(blocks + 1) * limit // blocks
+        if not self.layout.lanes and settings.get("rows"):
+            panel = int(np.diff(cuts).max()) * reach // max(1, limit)
+            self.panel_floats = max(self.panel_floats, panel)
+        sizes = np.bincount(survivors.output // group, minlength=groups)
+        order = np.argsort(sizes, kind="stable").astype(np.int32)
+        entries, pointer = _pack(lists, group, order, cuts[1:-1])
         loads = np.append(0, (np.diff(pointer).sum((0, 1)) + 1).cumsum())
         goals = np.arange(self.machine.threads + 1) * loads[-1] / self.machine.threads
         return settings | {
@@ -187,6 +207,8 @@ class _Lowering:
             "groups": groups,
             "positions": positions,
             "blocks": blocks,
+            "order": order,
+            "cut": cuts.astype(np.int32),
             "bias": np.pad(layer.bias, (0, groups * group - len(layer.bias))).astype(np.float32),
             "tiles": len(settings["tile"]),
             "pointer": pointer,
@@ -205,14 +227,13 @@ class _Lowering:
         width, (source,) = self.machine.lanes, layer.inputs
         channels, columns = self.network.shapes[source][0], self.network.shapes[layer.output][2]
         reads, pixels, blocks = layer.window, self.pixels[source], self.layout.blocks
-        settings: dict[str, Any] = {"unit": width, "tiles_per_panel": 1}
+        settings: dict[str, Any] = {"unit": width, "panel_lanes": width}
         block_in = channels * self.strides[source]
         if choice.padded:
             reads, table = reads.padded()
             pixels, block_in = len(table), 0
             self.panel_floats = max(self.panel_floats, channels * pixels * width)
-            settings |= {"rows": channels, "panel_size": channels * pixels * width}
-            settings |= {"panel_pixels": pixels, "table": table}
+            settings |= {"rows": channels, "panel_pixels": pixels, "table": table}
         step = int(reads.corner[1] - reads.corner[0]) if columns > 1 else 1
         patterns, kinds = np.unique(reads.table >= 0, axis=1, return_inverse=True)
         grid = kinds.reshape(-1, columns)
@@ -222,12 +243,12 @@ class _Lowering:
         tiles: list[list[int]] = []
         reach = 0
         for turn in turns:
-            for down, across in product(_runs(grid), _runs(grid.T)):
+            for down, across in product(runs(grid), runs(grid.T)):
                 kind = int(grid[down[0], across[0]])
                 rows = [(block, int(row)) for block in turn for row in down]
                 sums = self.machine.sums(choice.group)
-                shape = _shape(len(rows), len(across), sums, side_by_side=step <= 2)
-                for chosen, first, tile_columns in _tiles(rows, len(across), shape):
+                shape = best_shape(len(rows), len(across), sums, side_by_side=step <= 2)
+                for chosen, first, tile_columns in cut_rectangle(rows, len(across), shape):
                     tile = [len(chosen), tile_columns, kind] + [0] * (2 * MOST_ROWS)
                     for i, (block, row) in enumerate(chosen):
                         pixel = row * columns + across[0] + first
@@ -246,7 +267,7 @@ class _Lowering:
     def to_pixels(self, layer: Layer, survivors: _Survivors, choice: Choice) -> _Lowered:
         """Tiles are vectors of neighbouring pixels; what their kernels read becomes a panel."""
         assert layer.window is not None
-        width, (source,) = self.machine.lanes, layer.inputs
+        width, (source,) = self.vector(layer), layer.inputs
         reads, strides = layer.window, (self.strides[source], self.strides[layer.output])
         table = self.layout.table(reads.table, self.pixels[source])
         used = table[np.unique(survivors.tap), : reads.table.shape[1] * self.layout.samples]
@@ -256,47 +277,39 @@ class _Lowering:
             settings: dict[str, Any] = {"unit": strides[0]}
         else:
             taps = len(reads.table)
-            pairs, index = np.unique(survivors.channel * taps + survivors.tap, return_inverse=True)
+            channels = self.network.shapes[source][0]
+            pairs, index = np.unique(
+                survivors.tap * channels + survivors.channel, return_inverse=True
+            )
             rows = len(pairs)
-            settings = self.panel(pairs // taps * strides[0], pairs % taps, table)
+            settings = {
+                "rows": rows,
+                "taps": taps,
+                "row_source": (pairs % channels * strides[0]).astype(np.int32),
+                "tap_row": np.searchsorted(pairs, np.arange(taps + 1) * channels).astype(np.int32),
+                "table": table,
+                "base": _bases(table, width, self.machine.lanes),
+            }
         tiles, start = [], 0
-        for size in _cut(
+        for size in cut(
             strides[1] // width, min(max(SIZES), max(1, self.machine.sums(choice.group)))
         ):
             tile = [1, size, 0] + [0] * (2 * MOST_ROWS)
             tile[3], tile[3 + MOST_ROWS] = start if direct else 0, start
             tiles.append(tile)
             start += size * width
-        settings |= {"tile": np.array(tiles, np.int32), "column_step": 1, "tiles_per_panel": 1}
+        settings |= {"tile": np.array(tiles, np.int32), "column_step": 1, "panel_lanes": width}
         settings["by_tile"] = len(tiles) >= 4 * self.machine.threads
         lists = [survivors.where(index, np.ones(len(index), bool))]
         return lists, rows * tiles[0][1] * width, rows, settings
 
-    def panel(
-        self, sources: npt.NDArray[Any], taps: npt.NDArray[Any], table: Integers
-    ) -> dict[str, Any]:
-        position = np.arange(table.shape[1])
-        offsets = np.where(table >= 0, table - position, np.iinfo(np.int32).min)
-        shift = offsets.max(1)
-        constant = np.all((table < 0) | (offsets == shift[:, None]))
-        shift[(table < 0).all(1)] = 0
-        size = len(sources) * max(SIZES) * self.machine.lanes
-        self.panel_floats = max(self.panel_floats, size)
-        return {
-            "rows": len(sources),
-            "panel_size": size,
-            "row_source": sources.astype(np.int32),
-            "row_tap": taps.astype(np.int32),
-            "table": table,
-            "shift": shift.astype(np.int32) if constant else None,
-        }
+    def vector(self, layer: Layer) -> int:
+        return self.layout.vector(self.pixels[layer.output])
 
     def plan(self) -> Plan:
         steps = np.zeros(len(self.steps), STEP)
         kept: list[npt.NDArray[Any]] = []
         for row, settings in zip(steps, self.steps, strict=True):
-            if settings.get("panel_size"):
-                settings["panel"] = self.floats
             for name, value in settings.items():
                 if name in ARRAYS:
                     if value is not None:
@@ -305,8 +318,8 @@ class _Lowering:
                         row[name] = array.ctypes.data
                 else:
                     row[name] = value
-        panels = self.panel_floats * max(2, self.machine.threads)
-        return Plan(steps, self.layout.samples, self.floats + panels, kept)
+        panel = -(-self.panel_floats // self.machine.lanes) * self.machine.lanes
+        return Plan(steps, self.layout.samples, self.floats, panel, self.made, kept)
 
 
 class _Survivors:
@@ -325,69 +338,30 @@ class _Survivors:
         return self.output[chosen], index[chosen], self.weight[chosen]
 
 
-def _shape(rows: int, columns: int, sums: int, *, side_by_side: bool) -> tuple[int, int]:
-    """The size of tiles that a rectangle is best cut into."""
-    shapes = [
-        (height, width)
-        for height in SIZES
-        for width in (SIZES if side_by_side else (1,))
-        if height * width <= sums
-    ]
-    return min(shapes, key=lambda shape: _cycles(rows, columns, shape))
-
-
-def _tiles(
-    rows: list[tuple[int, int]], columns: int, shape: tuple[int, int]
-) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-    """Rows, the first column and the number of columns of each tile of a rectangle."""
-    at = 0
-    for height in _cut(len(rows), shape[0]):
-        left = 0
-        for width in _cut(columns, shape[1]):
-            yield rows[at : at + height], left, width
-            left += width
-        at += height
-
-
-def _runs(grid: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-    """Neighbouring rows that are equal."""
-    changes = 1 + np.flatnonzero(np.any(grid[1:] != grid[:-1], axis=1))
-    return np.split(np.arange(len(grid)), changes)
-
-
-def _cut(count: int, most: int) -> list[int]:
-    """Into parts of sizes that there are kernels for."""
-    parts = []
-    for size in SIZES:
-        if size <= most:
-            parts += [size] * (count // size)
-            count %= size
-    return parts
-
-
-def _cycles(rows: int, columns: int, shape: tuple[int, int]) -> float:
-    """For one weight: two multiply-adds at once, and what each weight costs besides."""
-    return sum(
-        height * width / 2 + 1.5
-        for height in _cut(rows, shape[0])
-        for width in _cut(columns, shape[1])
-    )
-
-
 def _identity(table: Integers) -> bool:
     """Whether each position reads just its own pixel, hence needs no panel."""
     return len(table) <= 1 and bool(np.all(table == np.arange(table.shape[1])))
 
 
+def _bases(table: Integers, vector: int, lanes: int) -> Integers:
+    """For each tap and vector of positions, the least pixel; -1 if the others lie far from it."""
+    vectors = table.reshape(len(table), -1, vector)
+    last = vectors.max(2)
+    first = np.where(vectors < 0, np.iinfo(np.int32).max, vectors).min(2)
+    first = np.minimum(first, last)  # -1 where all is padding
+    return np.where(last - first < 4 * lanes, first, -1).astype(np.int32)
+
+
 def _pack(
-    lists: Sequence[tuple[Any, ...]], group: int, groups: int, cuts: npt.NDArray[Any]
+    lists: Sequence[tuple[Any, ...]], group: int, order: Integers, cuts: npt.NDArray[Any]
 ) -> tuple[Integers, Integers]:
     """Entries, an index and the bits of `group` weights each, and where those of a group begin."""
-    blocks = len(cuts) + 1
+    blocks, groups = len(cuts) + 1, len(order)
+    rank = np.argsort(order)
     entries, pointers, begin = [], [], 0
     for output, index, weight in lists:
         span = int(index.max(initial=0)) + 1
-        segment = np.searchsorted(cuts, index, side="right") * groups + output // group
+        segment = np.searchsorted(cuts, index, side="right") * groups + rank[output // group]
         keys, entry = np.unique(segment * span + index, return_inverse=True)
         packed = np.zeros((len(keys), 1 + group), np.float32)
         packed[entry, 1 + output % group] = weight

@@ -5,29 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import threading
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from pruneflow.deploy.runtime import toolchain
 from pruneflow.deploy.runtime.graph import capture
-from pruneflow.deploy.runtime.layers import Layer, Network
-from pruneflow.deploy.runtime.lowering import lower
-from pruneflow.deploy.runtime.plans import MOST_POSITIONS, Choice, Machine, Plan
+from pruneflow.deploy.runtime.layers import Network
+from pruneflow.deploy.runtime.lowering import activations, lower
+from pruneflow.deploy.runtime.plans import Machine, Plan
+from pruneflow.deploy.runtime.tuning import Choices, aligned, choose, race
 
 _TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
-_MOST_ARENA = 2**27  # floats of all threads; plans that need more are left out
-_REACHES = (0, 5120, 7168, 10240, 16384)  # floats; 48 KiB of L1 are 12288
-Choices = Mapping[int, Choice]
-Key = TypeVar("Key")
+_MOST_ACTIVATIONS = 2**23  # floats for a thread, beyond which several samples at once do not pay
+Kind = tuple[bool, int]  # of a plan: whether the layout is `lanes`, and samples at once
 
 
 def sparse_compile(
@@ -38,8 +34,9 @@ def sparse_compile(
     The whole network runs in one native call: BatchNorm is folded, ReLU and residual additions are
     part of the convolutions, and each convolution multiplies only by the weights that survived.
     Which of several ways is fastest for a layer and for a batch size is found by timing them while
-    compiling, so that the last bits of the result may differ from one compilation to the next. The
-    model should be shrunk first (`shrink`).
+    compiling, so that the last bits of the result may differ from one compilation to the next.
+    Weights whose taps only ever read padding are left out too; shrinking first (`shrink`) adds to
+    that only where whole channels or branches died.
 
     It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, additions, max, average and adaptive
     average pooling, concatenation, flattening and dropout, as modules or functions. The result
@@ -96,7 +93,12 @@ def sparse_compile(
         )
         return dense
     machine = Machine(kernels.pruneflow_lanes(), kernels.pruneflow_registers(), threads)
-    compiled = SparseModel(network, machine, _choose(network, machine, kernels))
+    choices = {
+        lanes: choose(network, machine, kernels, samples=samples, lanes=lanes)
+        for lanes, samples in ((False, 1), (True, machine.lanes))
+        if _pays(network, machine, (lanes, samples))
+    }
+    compiled = SparseModel(network, machine, choices)
     with torch.no_grad():
         batch = torch.cat([example_input[:1], torch.randn_like(example_input[:1])])
         difference = compiled.difference(batch, dense(batch))
@@ -130,10 +132,12 @@ class SparseModel(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.machine, self.choices, self.flags = network, machine, choices, flags
-        samples = [(False, 1), (False, 2), (False, 4)]
-        samples += [(True, machine.lanes * vectors) for vectors in (1, 2, 4)]
+        kinds = [(False, 1), (False, 2), (False, 4)]
+        kinds += [(True, machine.lanes * vectors) for vectors in (1, 2, 4)]
         # Seconds that a plan takes, for each thread on its own samples and for all together.
-        self.costs: dict[tuple[bool, int], tuple[float, float]] = dict.fromkeys(samples, (0.0, 0.0))
+        self.costs: dict[Kind, tuple[float, float]] = {
+            kind: (0.0, 0.0) for kind in kinds if _pays(network, machine, kind)
+        }
         self._prepare()
 
     def _prepare(self) -> None:
@@ -141,13 +145,16 @@ class SparseModel(nn.Module):
         self._lock = threading.Lock()
         self._arena = np.empty(0, np.float32)
         self._picked: dict[int, tuple[Plan, bool]] = {}
-        self._plans: dict[tuple[bool, int], Plan] = {}
-        for lanes, samples in self.costs:
-            chosen = self.choices[lanes]
-            plan = lower(self.network, self.machine, samples=samples, lanes=lanes, choices=chosen)
-            if plan.arena * self.machine.threads <= _MOST_ARENA or not self._plans:
-                self._plans[lanes, samples] = plan
-        self.costs = {key: self.costs[key] for key in self._plans}
+        self._plans = {
+            (lanes, samples): lower(
+                self.network,
+                self.machine,
+                samples=samples,
+                lanes=lanes,
+                choices=self.choices[lanes],
+            )
+            for lanes, samples in self.costs
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_kernels", "_lock", "_arena", "_picked", "_plans")
@@ -202,7 +209,7 @@ class SparseModel(nn.Module):
             for together, samples in ((False, threads * plan.samples), (True, plan.samples)):
                 batch = torch.zeros(samples, *self.network.input_shape)
                 runs[key, together] = partial(self._run, batch, plan, together)
-        seconds = _race(runs, 0.1)
+        seconds = race(runs, 0.1)
         self.costs = {key: (seconds[key, False], seconds[key, True]) for key in self._plans}
         sizes = range(1, 2 * threads * max(samples for _, samples in self.costs) + 1)
         best = {self._best(size)[0] for size in sizes}
@@ -210,8 +217,8 @@ class SparseModel(nn.Module):
         self._plans = {key: self._plans[key] for key in best}
         self._arena = np.empty(0, np.float32)
 
-    def _best(self, count: int) -> tuple[tuple[bool, int], bool]:
-        def seconds(option: tuple[tuple[bool, int], bool]) -> float:
+    def _best(self, count: int) -> tuple[Kind, bool]:
+        def seconds(option: tuple[Kind, bool]) -> float:
             key, together = option
             pieces = math.ceil(count / key[1])
             alone = math.ceil(pieces / self.machine.threads)
@@ -228,9 +235,8 @@ class SparseModel(nn.Module):
         out = torch.empty(len(batch), *self.network.output_shape)
         threads = self.machine.threads
         with self._lock:
-            needed = plan.arena * (1 if together else threads)
-            if self._arena.size < needed:
-                self._arena = _aligned(needed)
+            if self._arena.size < plan.arena(threads):
+                self._arena = aligned(plan.arena(threads))
             plan.run(
                 self._kernels,
                 batch.data_ptr(),
@@ -243,89 +249,8 @@ class SparseModel(nn.Module):
         return out
 
 
-def _choose(network: Network, machine: Machine, kernels: Any) -> dict[bool, Choices]:
-    """The fastest way for each convolution, in either layout."""
-    single = replace(machine, threads=1)
-    choices: dict[bool, dict[int, Choice]] = {False: {}, True: {}}
-    for layer in network.layers:
-        if layer.weight is None or layer.window is None:
-            continue
-        dense = layer.weight.density > 0.1 and layer.groups == 1
-        few = len(layer.window.corner) <= MOST_POSITIONS and layer.groups == 1
-        for lanes, chosen in choices.items():
-            groups = [
-                1,
-                *((2, 4) if dense else ()),
-                *((machine.lanes,) if few and not lanes else ()),
-            ]
-            padded = (False, True) if lanes and (layer.window.table < 0).any() else (False,)
-            # One setting after the other; all combinations would take long.
-            options = [Choice(group, padded=each) for group in groups for each in padded]
-            best = _fastest(options, network, layer, single, lanes, kernels)
-            options = [replace(best, reach=reach) for reach in _REACHES]
-            chosen[layer.output] = _fastest(options, network, layer, single, lanes, kernels)
-    return {**choices}
-
-
-def _fastest(
-    options: list[Choice],
-    network: Network,
-    layer: Layer,
-    machine: Machine,
-    lanes: bool,
-    kernels: Any,
-) -> Choice:
-    plans = {choice: _alone(network, layer, machine, choice, lanes) for choice in options}
-    arena = _aligned(max(plan.arena for plan in plans.values()))
-    runs = {
-        choice: partial(
-            plan.run,
-            *(kernels, 0, 0, plan.samples, arena.ctypes.data),
-            threads=1,
-            together=True,
-        )
-        for choice, plan in plans.items()
-    }
-    seconds = _race(runs, 0.003)
-    return min(seconds, key=seconds.__getitem__)
-
-
-def _alone(network: Network, layer: Layer, machine: Machine, choice: Choice, lanes: bool) -> Plan:
-    """A plan of one convolution, without moving its input and output."""
-    shapes = (network.shapes[layer.inputs[0]], network.shapes[layer.output])
-    only = replace(layer, inputs=(0,), output=1, residual=None)
-    plan = lower(
-        replace(network, layers=(only,), shapes=shapes, output=1),
-        machine,
-        samples=machine.lanes if lanes else 1,
-        lanes=lanes,
-        choices={1: choice},
-    )
-    return replace(plan, steps=plan.steps[1:2])
-
-
-def _race(runs: Mapping[Key, Callable[[], object]], budget: float) -> dict[Key, float]:
-    """The least seconds of each, in turns so that what else the machine does touches all alike.
-
-    Args:
-        runs: What to time.
-        budget: Seconds for each of them, though no fewer than three turns.
-    """
-    least = dict.fromkeys(runs, math.inf)
-    end = time.perf_counter() + budget * len(runs)
-    turn = 0
-    while turn < 3 or time.perf_counter() < end:
-        for key, run in runs.items():
-            run()  # with caches as they are when it alone runs
-            began = time.perf_counter()
-            run()
-            least[key] = min(least[key], time.perf_counter() - began)
-        turn += 1
-    return least
-
-
-def _aligned(floats: int) -> npt.NDArray[np.float32]:
-    """Zeros, as what lies there is computed with where a vector is not full."""
-    whole = np.zeros(floats + 16, np.float32)
-    start = -whole.ctypes.data % 64 // 4
-    return whole[start : start + floats]
+def _pays(network: Network, machine: Machine, kind: Kind) -> bool:
+    """Whether a kind of plan may: one of big pictures only sample by sample."""
+    lanes, samples = kind
+    floats = activations(network, machine, samples, lanes=lanes)
+    return samples == 1 or floats <= _MOST_ACTIVATIONS

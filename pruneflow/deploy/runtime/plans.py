@@ -18,12 +18,11 @@ KINDS = {"load": 0, "store": 1, "convolution": 2, "pool": 3, "add": 4, "flatten"
 _NUMBERS = (
     *("kind", "lanes", "samples", "in", "extra", "out", "in_stride", "out_stride"),
     *("channels", "pixels", "group", "groups", "blocks", "positions", "unit", "column_step"),
-    *("rows", "panel", "panel_size"),
-    *("panel_pixels", "by_tile", "tiles", "tiles_per_panel", "taps"),
+    *("rows", "panel_pixels", "panel_lanes", "by_tile", "tiles", "tiles_per_panel", "taps"),
 )
 ARRAYS = (
-    *("tile", "pointer", "entries", "bias", "split", "row_source", "row_tap", "table", "shift"),
-    "scale",
+    *("tile", "pointer", "entries", "order", "bias", "split", "cut", "row_source", "tap_row"),
+    *("table", "base", "scale"),
 )
 STEP = np.dtype(
     [(name, np.int64) for name in _NUMBERS]
@@ -60,7 +59,7 @@ class Choice:
             survived: 1 is fully sparse, 4 with no zeros left is a dense kernel. A whole vector of
             them is for layers of few pixels in the layout `pixels`; elsewhere it stands for 1.
         reach: Floats of the input that a tile may read for all output channels before it goes on
-            to the next range of input channels, so that they stay in the cache; 0 takes all.
+            to the next range of the input, so that they stay in the cache; 0 takes all.
         padded: In the layout `lanes`, whether the input is copied with zeros for the padding, which
             are then multiplied by; otherwise pixels at the border have weights of their own.
     """
@@ -77,17 +76,25 @@ class Plan:
     Args:
         steps: An array of `STEP`.
         samples: At once.
-        arena: Floats that one thread, or all together, need.
+        activations: Floats that they need.
+        panel: Floats that each thread needs besides.
+        made: The value that each step writes.
         kept: The arrays that the steps point to.
     """
 
     steps: npt.NDArray[Any]
     samples: int
-    arena: int
+    activations: int
+    panel: int
+    made: list[int]
     kept: list[npt.NDArray[Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.address = self.steps.ctypes.data  # once: asking for it takes as long as a small layer
+
+    def arena(self, threads: int) -> int:
+        """Floats that many threads need, on the same samples or each on its own."""
+        return (self.activations + self.panel) * threads
 
     def run(
         self,
@@ -99,6 +106,7 @@ class Plan:
         *,
         threads: int,
         together: bool,
+        seconds: int | None = None,
     ) -> None:
         """Compute `count` samples.
 
@@ -110,10 +118,11 @@ class Plan:
             arena: Address of the arena, aligned to 64 bytes: one, or one for each thread.
             threads: How many work.
             together: Whether on the same samples, or each on its own.
+            seconds: Address of a float64 for each step, to be told how long it took.
         """
         kernels.pruneflow_run(
             *(self.address, len(self.steps), batch, out, count, arena),
-            *(self.arena, threads, together),
+            *(self.activations, self.panel, seconds, threads, together),
         )
 
 
@@ -140,7 +149,15 @@ class Layout:
         """Floats from one channel to the next."""
         if self.lanes:
             return pixels * self.width
-        return -(-pixels * self.samples // self.width) * self.width
+        vector = self.vector(pixels)
+        return -(-pixels * self.samples // vector) * vector
+
+    def vector(self, pixels: int) -> int:
+        """Floats of the vectors that a channel is held in: 4 or 8 if there are so few."""
+        if self.lanes:
+            return self.width
+        floats = min(pixels * self.samples, self.width)
+        return min(size for size in (4, 8, self.width) if size >= floats)
 
     def table(self, table: Integers, pixels: int) -> Integers:
         """A table of taps for all samples: of `pixels`, padded to whole vectors.

@@ -76,7 +76,8 @@ def load(flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.pruneflow_run.restype = None
     library.pruneflow_run.argtypes = [
-        *(pointer, count, pointer, pointer, count, pointer, count, number, number)
+        *(pointer, count, pointer, pointer, count, pointer, count, count, pointer),
+        *(number, number),
     ]
     library.pruneflow_step_bytes.restype = count
     return library

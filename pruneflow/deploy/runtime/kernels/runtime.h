@@ -1,9 +1,10 @@
-// The interface between pruneflow/deploy/runtime/lowering.py and the native code: a plan is an array of
-// steps over one arena of floats. All addresses are floats from the arena's start.
+// The interface between pruneflow/deploy/runtime/lowering.py and the native code: a plan is an
+// array of steps over one arena of floats. All addresses are floats from the arena's start.
 //
 // Two layouts of an activation of C channels and P pixels, for plans of m samples:
 //   lanes   [m / LANES][C][P][LANES]  a vector holds samples of one pixel
-//   pixels  [C][m * P]                rounded up to whole vectors: a vector holds pixels
+//   pixels  [C][m * P]                rounded up to whole vectors, or to 4 or 8 floats if there are
+//                                     so few: a vector holds pixels
 // In both, a convolution is a sum over surviving weights of weight x vectors at an offset, so that
 // one micro-kernel serves both. In `pixels`, offsets within a channel are no whole vectors, and the
 // input of a tile is first copied into a panel: a row per input channel and tap that is used.
@@ -44,21 +45,25 @@ struct Step {
     int64_t positions;             // not 0: vectors hold output channels, of so many positions
     int64_t unit;                  // floats that one index stands for; 0: a row of the panel
     int64_t column_step;           // vectors from one column of a tile to the next in the input
-    int64_t rows, panel, panel_size;
+    int64_t rows;                  // of the panel; 0: without
     int64_t panel_pixels;          // of a row, in the layout `lanes`
+    int64_t panel_lanes;           // floats of a vector: fewer than LANES where there are no more
     int64_t by_tile;               // threads share out tiles; otherwise groups
     int64_t tiles, tiles_per_panel;
-    int64_t taps;                  // POOL
+    int64_t taps;                  // of `table`
     const Tile *tile;
     const int32_t *pointer;        // [list][block][groups + 1]: where a group's entries begin
     const int32_t *entries;
-    const float *bias;             // [groups * group]
+    const int32_t *order;          // [groups]: they are sorted by how many entries they have, so
+                                   // that the processor foresees where loops end
+    const float *bias;             // [groups * group], in the order of channels
     const int32_t *split;          // [threads + 1]: groups of each thread
+    const int32_t *cut;            // [blocks + 1]: rows of each, in the layout `pixels`
     const int32_t *row_source;     // [rows]: the channel's start, in the layout `pixels`
-    const int32_t *row_tap;        // [rows]
+    const int32_t *tap_row;        // [taps + 1]: the first row of each
     const int32_t *table;          // [tap][position]: where in the input's channel; -1: padding;
                                    // in the layout `lanes` [position] of a panel
-    const int32_t *shift;          // [tap]: table = position + shift wherever it is not padding
+    const int32_t *base;           // [tap][vector of positions]: see Picker
     const float *scale;            // [position]: POOL takes the mean; null: the maximum
     float low, high;               // the result is clamped; infinities: as it is
 };
@@ -68,7 +73,9 @@ int pruneflow_lanes();
 int pruneflow_registers();
 int64_t pruneflow_step_bytes();
 // Runs `count` samples, `steps[0].samples` at a time. Together: all threads on the same samples and
-// one arena; otherwise each on its own samples and an arena of its own, `arena_size` floats apart.
+// one arena, `activations` floats and as many panels as threads; otherwise each on its own samples
+// and an arena of its own, all of `activations + panel` floats. `seconds`: null, or for each step.
 void pruneflow_run(const Step *steps, int64_t step_count, const float *in, float *out,
-                   int64_t count, float *arena, int64_t arena_size, int threads, int together);
+                   int64_t count, float *arena, int64_t activations, int64_t panel,
+                   double *seconds, int threads, int together);
 }

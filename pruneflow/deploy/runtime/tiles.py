@@ -1,0 +1,60 @@
+"""Cut what a convolution computes into tiles that there are kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pruneflow.deploy.runtime.plans import SIZES
+
+
+def best_shape(rows: int, columns: int, sums: int, *, side_by_side: bool) -> tuple[int, int]:
+    """The size of tiles that a rectangle is best cut into."""
+    shapes = [
+        (height, width)
+        for height in SIZES
+        for width in (SIZES if side_by_side else (1,))
+        if height * width <= sums
+    ]
+    return min(shapes, key=lambda each: _cycles(rows, columns, each))
+
+
+def cut_rectangle(
+    rows: list[tuple[int, int]], columns: int, shape: tuple[int, int]
+) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+    """Rows, the first column and the number of columns of each tile of a rectangle."""
+    at = 0
+    for height in cut(len(rows), shape[0]):
+        left = 0
+        for width in cut(columns, shape[1]):
+            yield rows[at : at + height], left, width
+            left += width
+        at += height
+
+
+def runs(grid: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Neighbouring rows that are equal."""
+    changes = 1 + np.flatnonzero(np.any(grid[1:] != grid[:-1], axis=1))
+    return np.split(np.arange(len(grid)), changes)
+
+
+def cut(count: int, most: int) -> list[int]:
+    """Into parts of sizes that there are kernels for."""
+    parts = []
+    for size in SIZES:
+        if size <= most:
+            parts += [size] * (count // size)
+            count %= size
+    return parts
+
+
+def _cycles(rows: int, columns: int, shape: tuple[int, int]) -> float:
+    """For one weight: two multiply-adds at once, and what each weight costs besides."""
+    return sum(
+        height * width / 2 + 1.5
+        for height in cut(rows, shape[0])
+        for width in cut(columns, shape[1])
+    )

@@ -1,0 +1,126 @@
+"""Find the fastest way for each convolution by timing whole networks, step by step.
+
+A layer alone, run over and over, has its weights in a cache that in the network it shares with all
+others. So plans of the whole network are run, one for each way, and each of their steps is timed;
+the least of several turns counts, which what else the machine does hardly touches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pruneflow.deploy.runtime.layers import Layer, Network
+from pruneflow.deploy.runtime.lowering import lower
+from pruneflow.deploy.runtime.plans import KINDS, MOST_POSITIONS, Choice, Machine, Plan
+
+_REACH = 9216  # floats; 48 KiB of L1 are 12288
+_DENSE = 0.2  # from what density on channels computed together may gain by sharing their inputs
+Choices = Mapping[int, Choice]
+Key = TypeVar("Key")
+
+
+def choose(
+    network: Network, machine: Machine, kernels: ctypes.CDLL, *, samples: int, lanes: bool
+) -> Choices:
+    """The fastest choices for a layout.
+
+    Args:
+        network: From `graph.capture`.
+        machine: What plans are made for; one of its threads is timed.
+        kernels: See `toolchain.load`.
+        samples: At once while it is timed.
+        lanes: The layout.
+    """
+    options = {
+        layer.output: _options(layer, machine, samples, lanes=lanes)
+        for layer in network.layers
+        if layer.kind == "convolution"
+    }
+    best = {output: each[0] for output, each in options.items()}
+    tried = [
+        {output: each[turn % len(each)] for output, each in options.items()}
+        for turn in range(max(map(len, options.values()), default=0))
+    ]
+    plans = [
+        lower(network, machine, samples=samples, lanes=lanes, choices=choices) for choices in tried
+    ]
+    if not plans:
+        return best
+    least = _step_seconds(plans, kernels)
+    fastest = least.argmin(0)
+    for step, (kind, output) in enumerate(zip(plans[0].steps["kind"], plans[0].made, strict=True)):
+        if kind == KINDS["convolution"]:
+            best[output] = tried[fastest[step]][output]
+    return best
+
+
+def _options(layer: Layer, machine: Machine, samples: int, *, lanes: bool) -> list[Choice]:
+    assert layer.weight is not None and layer.window is not None
+    options = [Choice(reach=_REACH), Choice()]
+    if lanes and (layer.window.table < 0).any():
+        options += [Choice(reach=_REACH, padded=True), Choice(padded=True)]
+    if layer.groups == 1 and layer.weight.density > _DENSE:
+        options += [Choice(4, _REACH), Choice(2, _REACH)]
+    if layer.groups == 1 and not lanes and len(layer.window.corner) * samples <= MOST_POSITIONS:
+        options.append(Choice(machine.lanes))
+    return options
+
+
+def _step_seconds(plans: Sequence[Plan], kernels: ctypes.CDLL) -> npt.NDArray[np.float64]:
+    """The least seconds of each step of plans of the same steps."""
+    arena = aligned(max(plan.arena(1) for plan in plans))
+    samples = plans[0].samples
+    batch, out = (
+        np.zeros(samples * int(step["channels"] * step["pixels"]), np.float32)
+        for step in plans[0].steps[[0, -1]]
+    )
+    taken = np.empty(len(plans[0].steps))
+    least = np.full((len(plans), len(taken)), math.inf)
+    end = time.perf_counter() + 0.03 * len(plans)
+    turn = 0
+    while turn < 2 or (turn < 50 and time.perf_counter() < end):
+        for way, plan in enumerate(plans):
+            for _ in range(2):  # the first with the caches of another plan
+                plan.run(
+                    *(kernels, batch.ctypes.data, out.ctypes.data, samples, arena.ctypes.data),
+                    threads=1,
+                    together=True,
+                    seconds=taken.ctypes.data,
+                )
+                np.minimum(least[way], taken, out=least[way])
+        turn += 1
+    return least
+
+
+def race(runs: Mapping[Key, Callable[[], object]], budget: float) -> dict[Key, float]:
+    """The least seconds of each, in turns so that what else the machine does touches all alike.
+
+    Args:
+        runs: What to time.
+        budget: Seconds for each of them, though no fewer than three turns.
+    """
+    least = dict.fromkeys(runs, math.inf)
+    end = time.perf_counter() + budget * len(runs)
+    turn = 0
+    while turn < 3 or time.perf_counter() < end:
+        for key, run in runs.items():
+            run()  # with caches as they are when it alone runs
+            began = time.perf_counter()
+            run()
+            least[key] = min(least[key], time.perf_counter() - began)
+        turn += 1
+    return least
+
+
+def aligned(floats: int) -> npt.NDArray[np.float32]:
+    """Zeros, as what lies there is computed with where a vector is not full."""
+    whole = np.zeros(floats + 16, np.float32)
+    start = -whole.ctypes.data % 64 // 4
+    return whole[start : start + floats]
