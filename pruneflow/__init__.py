@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from pruneflow.channels.coupling import remove_channels
 from pruneflow.costs import latency, multiply_adds
 from pruneflow.granularity import NM, Block, Channels
 from pruneflow.importance import Context, Given, Random, magnitude, taylor
@@ -69,6 +70,7 @@ __all__ = [
     "latency",
     "magnitude",
     "multiply_adds",
+    "remove_channels",
     "sparsity",
     "sparsity_report",
     "taylor",

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneflow.channels.analysis import evaluating
 from pruneflow.parameters import locate
-from pruneflow.sparsity import COUNTED, evaluating, multiply_adds_per_module
+from pruneflow.sparsity import COUNTED, multiply_adds_per_module
 
 Costs = Callable[[nn.Module, Tensor], Mapping[str, float]]
 
@@ -79,7 +80,7 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 20) -> di
             if isinstance(module, COUNTED):
                 handles.append(module.register_forward_pre_hook(partial(begin, name)))
                 handles.append(module.register_forward_hook(partial(end, name)))
-        with evaluating(model), torch.no_grad():
+        with evaluating(model, example_input):
             for _ in range(2 + repeats):
                 model(example_input)
     finally:

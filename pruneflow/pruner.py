@@ -189,6 +189,8 @@ class Pruner:
         if not new:
             return
         masks, before = dict(self.masks), set(self._parameters)
+        if masks:
+            self.remove()
         self.frozen = tuple(name for name in self.frozen if name not in new)
         self._names = tuple(name for name in slots if name in new or name in self._names)
         resolve_scope(self.scope, self._names)
@@ -198,7 +200,6 @@ class Pruner:
         if self._optimizers:
             _check_held({name: self._parameters[name] for name in new}, self._optimizers)
         if masks:
-            self.remove()
             dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
             self.hold(MaskSet(masks | dense))
 

@@ -236,6 +236,8 @@ def _origin(facts: Facts) -> Section:
             ("seed", str(facts["seed"])),
             ("schedule", facts["schedule"]),
             ("importance", facts["importance"]),
+            ("granularity", facts["granularity"]),
+            ("costs", facts["costs"] or "weights are counted"),
             ("scope", facts["scope"]),
             ("dense epochs", str(facts["dense"]["epochs"])),
             ("versions", versions),

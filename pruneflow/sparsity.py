@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pruneflow.channels.analysis import evaluating
 from pruneflow.parameters import Pattern, select
 from pruneflow.processes import whole
 
@@ -185,19 +185,6 @@ def sparsity_report(
     return SparsityReport(layers, parameters, total, total - round(saved))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in evaluation mode for a while, and every module as it was after that."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@torch.no_grad()
 def multiply_adds_per_module(model: nn.Module, example_input: Tensor) -> dict[str, int]:
     """Multiply-adds of one forward pass by module; those of the whole model under `""`.
 
@@ -205,7 +192,7 @@ def multiply_adds_per_module(model: nn.Module, example_input: Tensor) -> dict[st
         >>> multiply_adds_per_module(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
         {'0': 6, '': 6}
     """
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model, example_input), FlopCounterMode(display=False) as counter:
         model(example_input)
     # PyTorch names modules from the class of the root ("ResNet.layer1.0.conv1") and counts a
     # multiply-add as two operations.
