@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from pruneflow.arguments import check_arguments
 from pruneflow.companions import denser_choices
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
@@ -23,7 +24,7 @@ from pruneflow.resuming import VERSION, check_state, method_state
 from pruneflow.rewinding import LearningRateSnapshot, OptimizerState, check_optimizer_state
 from pruneflow.schedules import ScheduleLike
 from pruneflow.scope import Scope
-from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
+from pruneflow.torch_methods import TorchMethod
 from pruneflow.trainers import (
     averaged_models,
     check_strategy,
@@ -103,29 +104,7 @@ class PruningCallback(L.Callback):
         optimizer_state: OptimizerState = "zero_pruned",
         from_zeros: bool = False,
     ) -> None:
-        if schedule is None and not from_zeros:
-            raise ValueError(
-                "`schedule` is expected to say how much to prune, but None came, which only holds "
-                "zeros that are there already; give a schedule, or set `from_zeros=True`"
-            )
-        own_amount = is_torch_method(importance) and keeps_own_amount(importance)
-        rounds = isinstance(schedule, int)
-        if schedule is not None and (own_amount != rounds or isinstance(schedule, bool)):
-            expected = (
-                f"the number of rounds, since {importance!r} keeps its own amount"
-                if own_amount
-                else "a schedule such as Compounding(target=0.98, rounds=8)"
-            )
-            raise ValueError(f"`schedule` is expected to be {expected}, but {schedule!r} came")
-        if needs_gradients(importance) and gradients is None:
-            raise ValueError(
-                f"`gradients` is expected to say where {importance!r} gets the gradients it needs, "
-                "but None came; give Gradients(loss), with the loss of your training"
-            )
-        if rewind not in (None, "learning_rate"):
-            raise ValueError(
-                f"`rewind` is expected to be 'learning_rate' or None, but {rewind!r} came"
-            )
+        check_arguments(schedule, importance, gradients, rewind, from_zeros=from_zeros)
         check_optimizer_state(optimizer_state)
         self.schedule = schedule
         self.clock = Clock.counting(start_epoch, epochs_per_round, start_step, steps_per_round)
@@ -225,6 +204,8 @@ class PruningCallback(L.Callback):
         else:
             length = training_length(trainer, pl_module, self.clock, has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
+            if self.plan.rounds:
+                self.pruner.check(self.plan.rounds[-1].sparsity)
             table = self.plan.table(None if self.costs else self.pruner.weights)
             rank_zero_info(f"Pruning plan:\n{table}")
             for message in denser_choices(trainer, self.plan):

@@ -22,19 +22,19 @@ from pruneflow.callback import PruningCallback
 from pruneflow.checkpoint_io import AtomicCheckpointIO, check_whole
 from pruneflow.delivery import deliver
 from pruneflow.deploy import Form
-from pruneflow.facts import Facts, FinishedRound
+from pruneflow.facts import Facts, FinishedRound, layers, planned_rounds, size
 from pruneflow.files import write_whole
 from pruneflow.gradients import Gradients
+from pruneflow.granularity import Channels
 from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
 from pruneflow.importance import needs_gradients
 from pruneflow.models import Classifier, load_weights
 from pruneflow.parameters import select
-from pruneflow.plan import Clock, Plan, pruned_count
+from pruneflow.plan import Clock, Plan
+from pruneflow.pruner import Pruner
 from pruneflow.report import write_report
 from pruneflow.run_folder import drop_checkpoints, load_network, save_network
-from pruneflow.scope import resolve_scope
 from pruneflow.sparsity import sparsity_report
-from pruneflow.torch_methods import check_scope, is_torch_method
 
 _log = logging.getLogger(__name__)
 
@@ -107,9 +107,20 @@ class Experiment:
         self.scope: Any = config.pruning.scope
         if OmegaConf.is_config(self.scope):
             self.scope = OmegaConf.to_container(self.scope)
-        resolve_scope(self.scope, list(self.selection.slots))
-        if is_torch_method(self.importance):
-            check_scope(self.importance, self.scope)
+        masking = instantiate(config.masking)
+        granularity = self.granularity
+        if isinstance(granularity, Channels) and granularity.example_input is None:
+            granularity = Channels(self._example())
+        pruner = Pruner(
+            self.network,
+            importance=self.importance,
+            granularity=granularity,
+            scope=self.scope,
+            include=list(self.selection.slots),
+            masking=masking,
+            optimizers=[],
+        )
+        pruner.check(self.plan.rounds[-1].sparsity)
         gradients = None
         if needs_gradients(self.importance):
             gradients = Gradients(Classifier.loss, config.pruning.gradient_batches)
@@ -123,7 +134,7 @@ class Experiment:
             include=_in_classifier(list(self.selection.slots)),
             start_epoch=clock.start,
             epochs_per_round=clock.every,
-            masking=instantiate(config.masking),
+            masking=masking,
             rewind=config.pruning.rewind,
             optimizer_state=config.pruning.optimizer_state,
         )
@@ -350,18 +361,7 @@ class Experiment:
             "granularity": "weights" if self.granularity is None else repr(self.granularity),
             "costs": getattr(self.costs, "__name__", None),
             "classes": list(self.data.classes),
-            "plan": [
-                {
-                    "round": planned.number,
-                    "at": planned.at,
-                    "amount": planned.amount,
-                    "sparsity": planned.sparsity,
-                    "kept": None
-                    if planned.sparsity is None or costs is not None
-                    else weights - pruned_count(planned.sparsity, weights),
-                }
-                for planned in self.plan.rounds
-            ],
+            "plan": planned_rounds(self.plan, weights if costs is None else None),
             "dense": {
                 "epochs": self.config.dense.epochs,
                 "val_accuracy": dense["val_accuracy"],
@@ -376,26 +376,8 @@ class Experiment:
                 "test_accuracy": final["test_accuracy"],
                 "test_per_class": per_class,
             },
-            "size": {
-                "parameters": report.parameters,
-                "remaining": report.remaining,
-                "compression_ratio": report.compression_ratio,
-                "multiply_adds": report.multiply_adds or 0,
-                "remaining_multiply_adds": report.remaining_multiply_adds or 0,
-                "theoretical_speedup": report.theoretical_speedup or 1.0,
-                "dense_bytes": (self.folder / "checkpoints/dense.safetensors").stat().st_size,
-                "model_bytes": (self.folder / "model.safetensors").stat().st_size,
-                "packed_bytes": (self.folder / "model.packed").stat().st_size,
-            },
-            "layers": [
-                {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
-                    "weights": layer.weights,
-                    "zeros": layer.zeros,
-                }
-                for layer in report.layers
-            ],
+            "size": size(report, self.folder),
+            "layers": layers(report),
             "forms": forms,
             "seconds": self.seconds,
             "frozen": list(self.selection.frozen),

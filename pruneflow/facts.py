@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TypedDict
 
 from pruneflow.deploy.forms import Form
+from pruneflow.plan import Plan, pruned_count
+from pruneflow.sparsity import SparsityReport
 
 
 class PlannedRound(TypedDict):
@@ -95,3 +98,52 @@ class Facts(TypedDict):
     forms: list[Form]  # empty where none were asked for
     seconds: dict[str, float]  # stage -> wall time
     frozen: list[str]  # tensors left out because they do not train
+
+
+def planned_rounds(plan: Plan, weights: int | None) -> list[PlannedRound]:
+    """The lines of a plan.
+
+    Args:
+        plan: The plan.
+        weights: Number of prunable weights; None where something else is counted.
+    """
+    return [
+        {
+            "round": planned.number,
+            "at": planned.at,
+            "amount": planned.amount,
+            "sparsity": planned.sparsity,
+            "kept": None
+            if planned.sparsity is None or weights is None
+            else weights - pruned_count(planned.sparsity, weights),
+        }
+        for planned in plan.rounds
+    ]
+
+
+def size(report: SparsityReport, folder: Path) -> Size:
+    """What is left, and the bytes of the files in a run folder."""
+    return {
+        "parameters": report.parameters,
+        "remaining": report.remaining,
+        "compression_ratio": report.compression_ratio,
+        "multiply_adds": report.multiply_adds or 0,
+        "remaining_multiply_adds": report.remaining_multiply_adds or 0,
+        "theoretical_speedup": report.theoretical_speedup or 1.0,
+        "dense_bytes": (folder / "checkpoints/dense.safetensors").stat().st_size,
+        "model_bytes": (folder / "model.safetensors").stat().st_size,
+        "packed_bytes": (folder / "model.packed").stat().st_size,
+    }
+
+
+def layers(report: SparsityReport) -> list[Layer]:
+    """The prunable tensors."""
+    return [
+        {
+            "name": layer.name,
+            "shape": list(layer.shape),
+            "weights": layer.weights,
+            "zeros": layer.zeros,
+        }
+        for layer in report.layers
+    ]

@@ -200,7 +200,7 @@ def compute_masks(
         return scores_of(importance, name, context, tensor, price[name] ** _POWER, *masking)
 
     if isinstance(granularity, Block | CoupledChannels):
-        _check_units(tensors, granularity, scope)
+        check_units(tensors, granularity, scope)
         channels = isinstance(granularity, CoupledChannels)  # which go through all layers
         new = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in tensors.items()}
         for group in [list(tensors)] if channels else resolve_scope(scope, list(tensors)):
@@ -302,7 +302,14 @@ def _costs(costs: Mapping[str, float] | None, names: Iterable[str]) -> Mapping[s
     return {name: costs[name] for name in names}
 
 
-def _check_units(tensors: Mapping[str, Tensor], granularity: object, scope: Scope) -> None:
+def check_units(tensors: Mapping[str, Tensor], granularity: object, scope: Scope) -> None:
+    """Refuse what blocks and channels cannot do.
+
+    Raises:
+        ValueError: If tensors are sharded, or channels are to compete in named groups.
+    """
+    if not isinstance(granularity, Block | CoupledChannels):
+        return
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise ValueError(
             f"`granularity` is expected to be None or NM for sharded weights, but {granularity!r} "

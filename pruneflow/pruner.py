@@ -13,10 +13,15 @@ from torch.optim import Optimizer
 from pruneflow.granularity import NM, Block, Channels, CoupledChannels, Granularity
 from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
-from pruneflow.masks import MaskSet, compute_masks
+from pruneflow.masks import MaskSet, check_units, compute_masks
 from pruneflow.parameters import Pattern, check_computed, locate, select
 from pruneflow.processes import check_placements, decide, is_sharded, place, reshard, unwrap
-from pruneflow.rewinding import OptimizerState, check_optimizer_state, settle_optimizer_state
+from pruneflow.rewinding import (
+    OptimizerState,
+    check_held,
+    check_optimizer_state,
+    settle_optimizer_state,
+)
 from pruneflow.scope import Scope, resolve_scope
 from pruneflow.torch_methods import (
     TorchMethod,
@@ -130,6 +135,8 @@ class Pruner:
         self._couple()
         self.masking.check(self.model, self._parameters)
         check_placements(self._parameters)
+        check_units(self._parameters, self._units, scope)
+        self.check(0.0)
         if is_torch_method(importance):
             check_scope(importance, scope)
             if granularity is not None or costs is not None:
@@ -150,7 +157,7 @@ class Pruner:
                 stacklevel=2,
             )
         elif optimizers:
-            _check_held(self._parameters, optimizers)
+            check_held(self._parameters, optimizers)
         self._optimizers = list(optimizers or ())
         self._attached = False
 
@@ -175,6 +182,18 @@ class Pruner:
         """The masks that are held now; empty before the first prune and after `remove`."""
         return self.masking.masks
 
+    def check(self, sparsity: float | None) -> None:
+        """Refuse a target that the granularity cannot reach, before anything is trained.
+
+        Args:
+            sparsity: The target; None where it is not known ahead.
+
+        Raises:
+            ValueError: If it is more than can be.
+        """
+        if isinstance(self._units, NM):
+            self._units.check({n: self._parameters[n].shape for n in self._names}, sparsity or 0.0)
+
     def admit(self, pruned: Collection[str] = ()) -> None:
         """Take in, of the tensors that were frozen, those that are trained by now.
 
@@ -198,7 +217,7 @@ class Pruner:
         new = set(self._parameters) - before
         self.masking.check(self.model, new)
         if self._optimizers:
-            _check_held({name: self._parameters[name] for name in new}, self._optimizers)
+            check_held({name: self._parameters[name] for name in new}, self._optimizers)
         if masks:
             dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
             self.hold(MaskSet(masks | dense))
@@ -211,7 +230,7 @@ class Pruner:
         """
         if list(map(id, optimizers)) == list(map(id, self._optimizers)):
             return
-        _check_held(self._parameters, optimizers)
+        check_held(self._parameters, optimizers)
         masks = self.masks
         self._optimizers = list(optimizers)
         if masks:
@@ -375,27 +394,3 @@ class Pruner:
 def _expect(good: bool, argument: str, expected: str, came: object) -> None:
     if not good:
         raise TypeError(f"`{argument}` is expected to be {expected}, but {came!r} came")
-
-
-def _check_held(parameters: dict[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
-    for optimizer in optimizers:
-        # By name: torch has it only where torch.distributed was built.
-        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-            raise ValueError(
-                "`optimizers` are expected to update every tensor to prune in each process, but "
-                "ZeroRedundancyOptimizer updates a share of them; use the plain optimizer, or "
-                "shard the parameters with `fully_shard`"
-            )
-    held = {
-        id(parameter)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
-    if missing:
-        raise ValueError(
-            f"`optimizers` are expected to hold every tensor to prune, but none holds "
-            f"{', '.join(missing)}; add them to an optimizer, freeze them (`requires_grad=False`), "
-            "or `exclude` them"
-        )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -119,3 +119,32 @@ def settle_optimizer_state(
                 for value in optimizer.state[parameter].values():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         value.masked_fill_(~mask, 0)
+
+
+def check_held(parameters: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that do not train every one of these tensors that is trainable.
+
+    Raises:
+        ValueError: Naming the tensors, or the optimizer that updates a share of them alone.
+    """
+    for optimizer in optimizers:
+        # By name: torch has it only where torch.distributed was built.
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "`optimizers` are expected to update every tensor to prune in each process, but "
+                "ZeroRedundancyOptimizer updates a share of them; use the plain optimizer, or "
+                "shard the parameters with `fully_shard`"
+            )
+    held = {
+        id(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"`optimizers` are expected to hold every tensor to prune, but none holds "
+            f"{', '.join(missing)}; add them to an optimizer, freeze them (`requires_grad=False`), "
+            "or `exclude` them"
+        )

@@ -135,3 +135,14 @@ def test_says_what_a_module_needs_for_channels_and_costs(model, batches, trainer
             ValueError, match=r"`example_input_array` of TwoLayers .* NoneType came"
         ):
             trainer(PruningCallback(Linear(0.5, 2), **way)).fit(model, batches)
+
+
+def test_what_a_granularity_cannot_do_is_refused_before_training(model, batches, trainer):
+    with pytest.raises(ValueError, match=r"at most 0\.5 with NM\(n=2, m=4\), but 0\.9 came"):
+        trainer(PruningCallback(Linear(0.9, 2), granularity=NM(2, 4), start_epoch=4)).fit(
+            model, batches
+        )
+    with pytest.raises(ValueError, match=r"a multiple of 3 inputs.*body\.0\.weight \(48, 20\)"):
+        trainer(PruningCallback(Linear(0.1, 2), granularity=NM(2, 3), start_epoch=4)).fit(
+            model, batches
+        )

@@ -1,0 +1,44 @@
+"""Which arguments of a PruningCallback do not go together."""
+
+from __future__ import annotations
+
+from pruneflow.gradients import Gradients
+from pruneflow.importance import Importance, needs_gradients
+from pruneflow.schedules import ScheduleLike
+from pruneflow.torch_methods import TorchMethod, is_torch_method, keeps_own_amount
+
+
+def check_arguments(
+    schedule: ScheduleLike | int | None,
+    importance: Importance | TorchMethod,
+    gradients: Gradients | None,
+    rewind: str | None,
+    *,
+    from_zeros: bool,
+) -> None:
+    """Refuse them; see `PruningCallback` for what they are.
+
+    Raises:
+        ValueError: Naming the argument and the remedy.
+    """
+    if schedule is None and not from_zeros:
+        raise ValueError(
+            "`schedule` is expected to say how much to prune, but None came, which only holds "
+            "zeros that are there already; give a schedule, or set `from_zeros=True`"
+        )
+    own_amount = is_torch_method(importance) and keeps_own_amount(importance)
+    rounds = isinstance(schedule, int)
+    if schedule is not None and (own_amount != rounds or isinstance(schedule, bool)):
+        expected = (
+            f"the number of rounds, since {importance!r} keeps its own amount"
+            if own_amount
+            else "a schedule such as Compounding(target=0.98, rounds=8)"
+        )
+        raise ValueError(f"`schedule` is expected to be {expected}, but {schedule!r} came")
+    if needs_gradients(importance) and gradients is None:
+        raise ValueError(
+            f"`gradients` is expected to say where {importance!r} gets the gradients it needs, "
+            "but None came; give Gradients(loss), with the loss of your training"
+        )
+    if rewind not in (None, "learning_rate"):
+        raise ValueError(f"`rewind` is expected to be 'learning_rate' or None, but {rewind!r} came")
