@@ -129,6 +129,18 @@ DENSE = list(RUNTIMES)[:4]
 SECONDS = 15.0  # for a batch size, unless three turns take longer
 
 
+BURST = 0.03  # seconds of one turn, so that what ran before is out of the caches and at rest
+
+
+def burst(run: Run, batch: Tensor, seconds: float) -> float:
+    """Milliseconds of a call, of as many as fill the time."""
+    calls, began = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - began < seconds:
+        run(batch)
+        calls += 1
+    return (time.perf_counter() - began) / calls * 1000
+
+
 def milliseconds(runs: dict[str, Run], batch: Tensor, turns: int) -> dict[str, float]:
     for run in runs.values():  # compiles, where a batch of a new size is compiled for
         run(batch)
@@ -138,13 +150,9 @@ def milliseconds(runs: dict[str, Run], batch: Tensor, turns: int) -> dict[str, f
         if turn >= 3 and time.perf_counter() > end:
             break
         for name, run in runs.items():
-            time.sleep(0.003)  # until the threads of the one before have stopped to spin
-            run(batch)
-            repeats = 1 if len(batch) > 8 else 5
-            began = time.perf_counter()
-            for _ in range(repeats):
-                run(batch)
-            passed[name].append((time.perf_counter() - began) / repeats * 1000)
+            time.sleep(BURST / 2)  # until the threads of the one before have stopped to spin
+            burst(run, batch, BURST / 2)
+            passed[name].append(burst(run, batch, BURST))
     return {name: statistics.median(times) for name, times in passed.items()}
 
 

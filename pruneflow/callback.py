@@ -19,6 +19,7 @@ from pruneflow.masking import Masking, Reparametrize
 from pruneflow.masks import MaskSet
 from pruneflow.parameters import Pattern
 from pruneflow.plan import Clock, Plan, has_rounds
+from pruneflow.processes import decide
 from pruneflow.pruner import Pruner
 from pruneflow.resuming import VERSION, check_state, method_state
 from pruneflow.rewinding import LearningRateSnapshot, OptimizerState, check_optimizer_state
@@ -129,6 +130,7 @@ class PruningCallback(L.Callback):
     def _start_over(self) -> None:
         self.round = 0
         self._masks: dict[str, Any] = {}
+        self._scored: list[str] = []
         self._learning_rate: LearningRateSnapshot | None = None
         self._logged = Logged()
         self._costs: Mapping[str, float] | None = None
@@ -143,8 +145,9 @@ class PruningCallback(L.Callback):
     @property
     def sparsity(self) -> float:
         """Cumulative sparsity of the masks that are held, or were when training ended."""
-        held = self.pruner.masks if self.pruner else None
-        return (held or MaskSet.from_state(self._masks)).sparsity
+        if self.pruner and self.pruner.masks:
+            return self.pruner.weight_masks.sparsity
+        return MaskSet.from_state({name: self._masks[name] for name in self._scored}).sparsity
 
     @property
     def cost_per_weight(self) -> Mapping[str, float] | None:
@@ -180,11 +183,17 @@ class PruningCallback(L.Callback):
         self._model = pl_module
         self._learning_rate = None  # of another fit's optimizers
         finished = self.plan is not None and self.round == len(self.plan.rounds)
-        granularity = self.granularity
-        if isinstance(granularity, Channels) and granularity.example_input is None:
-            granularity = Channels(example_input(pl_module))
+        granularity, given = self.granularity, None
+        if isinstance(granularity, Channels):
+            given = granularity.example_input
+            if given is None:
+                granularity = Channels(example_input(trainer, pl_module))
         if callable(self.costs) and self._costs is None:
-            self._costs = self.costs(pl_module, example_input(pl_module))
+            measure, example = self.costs, given
+            if example is None:
+                example = example_input(trainer, pl_module)
+            # Times differ from process to process.
+            self._costs = decide(lambda: measure(pl_module, example), [])
         self.pruner = Pruner(
             pl_module,
             importance=self.importance,
@@ -229,12 +238,11 @@ class PruningCallback(L.Callback):
         if self.rewind and self._learning_rate is None:
             self._learning_rate = LearningRateSnapshot(trainer.optimizers, schedulers(trainer))
         if self._masks:
-            masks = MaskSet.from_state(self._masks)
-            self.pruner.admit(masks)
-            self.pruner.hold(masks)
+            self.pruner.admit(self._scored)
+            self.pruner.hold(MaskSet.from_state(self._masks))
         elif self.from_zeros:
             self.pruner.hold_zeros()
-            self.plan.check_start(self.pruner.masks.sparsity)
+            self.plan.check_start(self.pruner.removed)
         self._mask_averages(trainer)
         self._logged.measure(self.pruner, self.round)
         due = self._due(trainer)
@@ -276,6 +284,7 @@ class PruningCallback(L.Callback):
             "costs": dict(self._costs) if self._costs else None,
             "plan": self.plan.state() if self.plan else None,
             "masks": held.state() if held else self._masks,
+            "names": list(self.pruner.scored) if self.pruner and held else self._scored,
             "learning_rate": self._learning_rate.state() if self._learning_rate else None,
         }
 
@@ -382,7 +391,7 @@ class PruningCallback(L.Callback):
             longer_is_other=has_rounds(self.schedule),
         )
         self.round = state["round"]
-        self._masks = state["masks"]
+        self._masks, self._scored = state["masks"], state["names"]
         if state["costs"] is not None:  # measured, so another measurement would find others
             assert self.pruner is not None
             self._costs = self.pruner.costs = state["costs"]
@@ -392,7 +401,7 @@ class PruningCallback(L.Callback):
     def _remove(self) -> None:
         if self.pruner is not None:
             if self.pruner.masks:
-                self._masks = self.pruner.masks.state()
+                self._masks, self._scored = self.pruner.masks.state(), list(self.pruner.scored)
             self.pruner.remove()
             self.pruner = None
 

@@ -60,6 +60,7 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 20) -> di
         >>> list(costs), costs["0.weight"] > 0
         (['0.weight'], True)
     """
+    model = getattr(model, "_orig_mod", model)  # hooks would make torch.compile start over
     seconds: dict[str, list[float]] = defaultdict(list)
     began: dict[str, float] = {}
 

@@ -18,7 +18,7 @@ from pruneflow.schedules import check_fraction
 
 @dataclass(frozen=True)
 class NM:
-    """Keep the `n` most important of each `m` neighbouring weights along the input of a layer.
+    """Keep the `n` most important of each `m` neighbouring weights along dimension 1, the input.
 
     2 of 4 is what NVIDIA's sparse tensor cores compute with. Rounds below the sparsity 1 - n/m,
     which is the most there can be, prune from what is not among the `n` of its group.
@@ -117,7 +117,8 @@ class Channels:
     layers lose the same fraction of channels.
 
     What writes to layers that look at all channels, such as LayerNorm or attention, stays whole, as
-    do the outputs of layers that are excluded.
+    do the outputs of layers that are excluded; an excluded layer that reads a channel which is
+    removed no longer does.
 
     Args:
         example_input: What the model takes, to follow the channels through its forward pass. None
@@ -149,9 +150,10 @@ class Channels:
             ValueError: If there is no example input, torch.fx cannot trace the model, or no channel
                 can be removed.
         """
-        if self.example_input is None:
+        if not isinstance(self.example_input, Tensor):
+            came = type(self.example_input).__name__
             raise ValueError(
-                "`example_input` is expected to be a batch of what the model takes, but None came; "
+                f"`example_input` is expected to be a tensor the model takes, but {came} came; "
                 "give Channels(example_input), or set `self.example_input_array` in the "
                 "LightningModule"
             )
@@ -197,7 +199,6 @@ class CoupledChannels:
     """
 
     relative = True
-    step = LANES
 
     def __init__(
         self, coupling: Coupling, shapes: Mapping[str, torch.Size], names: Collection[str]
@@ -222,13 +223,33 @@ class CoupledChannels:
             for name in shapes
             if any(key[0] == name and (unit >= 0).any() for key, unit in self._units.items())
         }
+        self._all_shapes = shapes
         self._scored = tuple(name for name in self._shapes if name in names)
         self._families = coupling.families[free].unique(return_inverse=True)[1]
+        sizes = self._families.bincount()
+        self._in_vectors = (sizes > LANES) & (sizes % LANES == 0)
+        self.step = LANES if self._in_vectors.any() else 1
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all parameters that lose entries, batch norm's and biases among them."""
         return tuple(self._shapes)
+
+    def check(self, costs: Mapping[str, float], sparsity: float) -> None:
+        """Refuse a target for which layers would have to lose all their channels.
+
+        Args:
+            costs: Of each weight, per tensor to prune.
+            sparsity: The target.
+
+        Raises:
+            ValueError: Saying how much can go.
+        """
+        order = torch.arange(len(self._families))
+        most = cost_of(self.masks(self.kept(order, len(order))), costs)
+        total = sum(cost * self._all_shapes[name].numel() for name, cost in costs.items())
+        if sparsity * total * (1 - 1e-12) > most:
+            raise ValueError(_too_much(most / total, sparsity))
 
     def units(self, shapes: Mapping[str, torch.Size]) -> Units:
         """The channels, which go through tensors of these shapes and others."""
@@ -257,10 +278,9 @@ class CoupledChannels:
 
     def kept(self, order: Tensor, count: int) -> Tensor:
         """At least one of each layer, and rounded up to whole vectors."""
-        sizes = self._families.bincount()
-        left = self._families[order[count:]].bincount(minlength=len(sizes))
+        left = self._families[order[count:]].bincount(minlength=len(self._in_vectors))
         rounded = (left + LANES - 1) // LANES * LANES
-        left = torch.where((left > LANES) & (sizes % LANES == 0), rounded, left).clamp(min=1)
+        left = torch.where((left > LANES) & self._in_vectors, rounded, left).clamp(min=1)
         return self._better(order) < left[self._families]
 
     def masks(self, kept: Tensor) -> dict[str, Tensor]:
@@ -349,27 +369,36 @@ def unit_masks(
 
     def alive(name: str) -> Tensor:
         mask = before.get(name)
-        return torch.ones_like(tensors[name]) if mask is None else (mask != 0).to(torch.float32)
+        if mask is None:
+            return torch.ones_like(tensors[name], dtype=torch.float32)
+        return (mask != 0).to(torch.float32)
 
     def of_the_living(name: str) -> Tensor:
-        scores, living = score(name) * alive(name), alive(name).sum()
-        return scores * (living / scores.sum()) if units.relative and scores.any() else scores
+        living = alive(name)
+        scores = score(name) * living  # at least in float32
+        if not units.relative or not scores.any():
+            return scores
+        return scores * (living.sum() / scores.abs().sum())
 
     left = units.sums(alive)
     scores = units.sums(of_the_living)
     if scores.isnan().any():
         raise ValueError(
-            "`importance` is expected to return numbers, but NaN came; nothing was changed"
+            "`importance` is expected to return finite numbers, but NaN or infinity came; nothing "
+            "was changed"
         )
     gone = left == 0
     order = units.order(torch.where(gone, -torch.inf, scores / left), scope)
+    order = torch.cat([order[gone[order]], order[~gone[order]]])
 
     def masks(count: int) -> dict[str, Tensor]:
-        return units.masks(units.kept(order, count) & ~gone)
+        found = units.masks(units.kept(order, count) & ~gone)
+        for name in found.keys() & before.keys():
+            found[name] &= (before[name] != 0).cpu()
+        return found
 
     def removed(count: int) -> float:
-        found = masks(count)
-        return sum(costs[name] * int((~found[name]).sum()) for name in tensors if name in found)
+        return cost_of(masks(count), costs)
 
     total = sum(costs[name] * tensor.numel() for name, tensor in tensors.items())
     goal = sparsity * total * (1 - 1e-12)  # which sums of costs may miss by rounding
@@ -383,8 +412,17 @@ def unit_masks(
         )
     count = bisect_left(range(len(order) + 1), goal, lo=present, key=removed)
     if count > len(order):
-        raise ValueError(
-            f"`sparsity` is expected to be at most {removed(len(order)) / total:.6g}, where one "
-            f"channel of each layer is left, but {sparsity!r} came; ask for less"
-        )
+        raise ValueError(_too_much(removed(len(order)) / total, sparsity))
     return masks(count)
+
+
+def cost_of(masks: Mapping[str, Tensor], costs: Mapping[str, float]) -> float:
+    """What the pruned weights under some masks cost; tensors without costs do not count."""
+    return sum(costs[name] * int((~mask).sum()) for name, mask in masks.items() if name in costs)
+
+
+def _too_much(most: float, sparsity: float) -> str:
+    return (
+        f"`sparsity` is expected to be at most {most:.6g}, where one channel of each layer is left,"
+        f" but {sparsity!r} came; ask for less"
+    )

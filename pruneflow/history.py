@@ -114,7 +114,7 @@ class RoundWatch(L.Callback):
         done = len(self.rounds)
         if self.pruning.round > done:
             assert self.pruning.pruner is not None  # training is on
-            masks = self.pruning.pruner.masks
+            masks = self.pruning.pruner.weight_masks
             self.rounds.append(
                 {
                     "round": self.pruning.round,

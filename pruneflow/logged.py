@@ -34,7 +34,7 @@ class Logged:
 
     def measure(self, pruner: Pruner, round: int) -> None:
         """Note what is pruned by now."""
-        masks = pruner.masks
+        masks = pruner.weight_masks
         self._round, self._pruned, self._weights = round, masks.pruned, pruner.weights
         self._per_tensor = {
             f"sparsity/{name}": MaskSet({name: mask}).sparsity for name, mask in masks.items()

@@ -20,8 +20,9 @@ from pruneflow.scope import Scope, resolve_scope
 from pruneflow.scores import check_finite, gradients_of, scores_of
 from pruneflow.threshold import Scores, find_threshold, keep_masks, keep_parts, one_process
 
-# Of the powers 0, 0.15, 0.25, 0.35, 0.5 and 1 the one that left ResNet-18 the most accurate with
-# 5 % and 10 % of its multiply-adds; with 0.5 the first layers die.
+# Of the powers 0, 0.15, 0.25, 0.35, 0.5 and 0.75 the one that left ResNet-18 the most accurate with
+# 5 % or 10 % of its multiply-adds: recipes/results/resnet18_cifar10_compute_aware. From 0.5 on the
+# first layers die.
 _POWER = 0.25
 
 
@@ -193,7 +194,7 @@ def compute_masks(
     context = Context(round, gradients_of(importance, gradients or {}, tensors))
     check_finite(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    price = _costs(costs, tensors)
+    price = check_costs(costs, tensors)
 
     def scores(name: str, *masking: Any) -> Callable[[], Tensor]:
         tensor = tensors[name].detach()
@@ -202,7 +203,10 @@ def compute_masks(
     if isinstance(granularity, Block | CoupledChannels):
         check_units(tensors, granularity, scope)
         channels = isinstance(granularity, CoupledChannels)  # which go through all layers
-        new = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in tensors.items()}
+        new = {
+            name: before[name] != 0 if name in before else torch.ones_like(tensor, dtype=torch.bool)
+            for name, tensor in tensors.items()
+        }
         for group in [list(tensors)] if channels else resolve_scope(scope, list(tensors)):
             new |= unit_masks(
                 granularity.units({name: shapes[name] for name in group}),
@@ -290,10 +294,15 @@ def _weight_masks(
         ) from error
 
 
-def _costs(costs: Mapping[str, float] | None, names: Iterable[str]) -> Mapping[str, float]:
+def check_costs(costs: Mapping[str, float] | None, names: Iterable[str]) -> dict[str, float]:
+    """The cost of each weight of these tensors; 1 for None.
+
+    Raises:
+        ValueError: Naming the tensors without a finite cost above 0.
+    """
     if costs is None:
         return dict.fromkeys(names, 1.0)
-    missing = [name for name in names if not costs.get(name, 0) > 0]
+    missing = [name for name in names if not 0 < costs.get(name, 0) < math.inf]
     if missing:
         raise ValueError(
             "`costs` are expected to say what a weight of each tensor costs, a number above 0, but "

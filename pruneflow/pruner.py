@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pruneflow.granularity import NM, Block, Channels, CoupledChannels, Granularity
 from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
-from pruneflow.masks import MaskSet, check_units, compute_masks
+from pruneflow.masks import MaskSet, check_costs, check_units, compute_masks
 from pruneflow.parameters import Pattern, check_computed, locate, select
 from pruneflow.processes import check_placements, decide, is_sharded, place, reshard, unwrap
 from pruneflow.rewinding import (
@@ -103,6 +103,18 @@ class Pruner:
             "an object such as InPlace()",
             masking,
         )
+        _expect(
+            granularity is None or isinstance(granularity, NM | Block | Channels),
+            "granularity",
+            "NM(2, 4), Block(1, 16), Channels(example_input) or None",
+            granularity,
+        )
+        _expect(
+            costs is None or isinstance(costs, Mapping),
+            "costs",
+            "a mapping such as multiply_adds(model, example_input)",
+            costs,
+        )
         listed = isinstance(optimizers, Sequence) and all(
             isinstance(optimizer, Optimizer) for optimizer in optimizers
         )
@@ -167,9 +179,22 @@ class Pruner:
         return tuple(self._parameters)
 
     @property
+    def scored(self) -> tuple[str, ...]:
+        """Qualified names of the tensors to prune alone: what targets count."""
+        return self._names
+
+    @property
     def weights(self) -> int:
         """Number of prunable weights."""
-        return sum(parameter.numel() for parameter in self._parameters.values())
+        return sum(self._parameters[name].numel() for name in self._names)
+
+    @property
+    def removed(self) -> float:
+        """Fraction of the prunable weights, or of their costs, that is pruned now."""
+        price = check_costs(self.costs, self._names)
+        gone = {name: MaskSet({name: mask}).pruned for name, mask in self.weight_masks.items()}
+        total = sum(price[name] * self._parameters[name].numel() for name in self._names)
+        return sum(price[name] * count for name, count in gone.items()) / total if total else 0.0
 
     @property
     def unfrozen(self) -> tuple[str, ...]:
@@ -182,6 +207,11 @@ class Pruner:
         """The masks that are held now; empty before the first prune and after `remove`."""
         return self.masking.masks
 
+    @property
+    def weight_masks(self) -> MaskSet:
+        """The masks of the tensors to prune alone."""
+        return MaskSet({name: mask for name, mask in self.masks.items() if name in self._names})
+
     def check(self, sparsity: float | None) -> None:
         """Refuse a target that the granularity cannot reach, before anything is trained.
 
@@ -191,8 +221,11 @@ class Pruner:
         Raises:
             ValueError: If it is more than can be.
         """
+        price = check_costs(self.costs, self._names)
         if isinstance(self._units, NM):
             self._units.check({n: self._parameters[n].shape for n in self._names}, sparsity or 0.0)
+        elif isinstance(self._units, CoupledChannels):
+            self._units.check(price, sparsity or 0.0)
 
     def admit(self, pruned: Collection[str] = ()) -> None:
         """Take in, of the tensors that were frozen, those that are trained by now.

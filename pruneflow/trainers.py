@@ -70,8 +70,8 @@ def _anew(loader: Any) -> Any:
     return loader
 
 
-def example_input(pl_module: L.LightningModule) -> Tensor:
-    """The example that a LightningModule has of what it takes, on its device.
+def example_input(trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+    """The example that a LightningModule has of what it takes, on its device, of its precision.
 
     Raises:
         ValueError: If it has none that is a tensor.
@@ -83,7 +83,8 @@ def example_input(pl_module: L.LightningModule) -> Tensor:
             f"those its `forward` takes, for Channels and costs, but {type(example).__name__} came;"
             " set `self.example_input_array = torch.zeros(1, 3, 32, 32)`, say, in its `__init__`"
         )
-    return example.to(pl_module.device)
+    converted: Tensor = trainer.precision_plugin.convert_input(example.to(pl_module.device))
+    return converted
 
 
 def averaged_models(trainer: L.Trainer) -> Iterator[tuple[str, nn.Module]]:

@@ -223,3 +223,83 @@ def test_coupling_leaves_the_model_as_it_is():
     assert all(module.training for module in model.modules())
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+# -- what a review found --------------------------------------------------------------------------
+
+
+def two_layers():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model[0].weight.data[:] = torch.arange(1.0, 9)[:, None]
+    model[2].weight.data[:] = torch.arange(1.0, 9)[None]
+    return model
+
+
+def test_scores_may_be_negative():
+    pruner = Pruner(
+        two_layers(),
+        granularity=Channels(torch.zeros(1, 4)),
+        importance=lambda name, tensor, context: tensor.abs() - 100,
+        optimizers=[],
+    )
+    assert pruner.prune_to(0.5)["0.bias"].tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("granularity", [Channels(torch.zeros(1, 4)), Block(1, 4)])
+def test_weights_pruned_one_by_one_stay_pruned_among_units(granularity):
+    model = two_layers()
+    model[0].weight.data[:, :2] = 0
+    pruner = Pruner(model, granularity=granularity, optimizers=[])
+    before = pruner.hold_zeros()
+    after = pruner.prune_to(0.4)
+    assert not any((after[name] & ~before[name]).any() for name in before)
+    assert after["0.weight"].sum() + after["2.weight"].sum() <= 0.6 * 48
+
+
+def test_halves_with_many_weights():
+    model = nn.Sequential(nn.Linear(3000, 30), nn.ReLU(), nn.Linear(30, 2)).half()
+    nn.init.normal_(model[0].weight)
+    nn.init.normal_(model[2].weight)
+    model[0].weight.data[7] *= 0.01
+    model[2].weight.data[:, 7] *= 0.01
+    pruner = Pruner(model, granularity=Channels(torch.zeros(1, 3000).half()), optimizers=[])
+    assert (~pruner.prune_to(0.01)["0.bias"]).nonzero().tolist() == [[7]]
+
+
+def test_what_is_gone_already_counts_with_scope_layer():
+    model = nn.Sequential(
+        nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 2)
+    )
+    model[0].weight.data[:5] = 0
+    model[2].weight.data[:, :5] = 0
+    pruner = Pruner(model, granularity=Channels(torch.zeros(1, 10)), scope="layer", optimizers=[])
+    assert pruner.hold_zeros().pruned == 100
+    assert pruner.removed == 100 / 220
+    pruner.prune_to(100 / 220)
+    assert int((~pruner.weight_masks["0.weight"]).sum()) == 50
+    assert pruner.weight_masks.pruned == 100
+
+
+def test_a_frozen_reader_is_not_pruned_by_itself_after_a_resume():
+    model = two_layers()
+    model[2].requires_grad_(False)
+    pruner = Pruner(model, granularity=Channels(torch.zeros(1, 4)), optimizers=[])
+    masks = pruner.prune_to(0.4)
+    again = Pruner(model, granularity=Channels(torch.zeros(1, 4)), optimizers=[])
+    again.admit(pruner.scored)
+    assert (again.scored, again.frozen) == (("0.weight",), ("2.weight",))
+    assert torch.equal(again.hold(masks)["2.weight"], masks["2.weight"])
+
+
+def test_refuses_before_training_what_cannot_be():
+    model, example = two_layers(), torch.zeros(1, 4)
+    for wrong in ({"granularity": "channels"}, {"granularity": NM}, {"costs": multiply_adds}):
+        with pytest.raises(TypeError, match=r"`(granularity|costs)` is expected to be"):
+            Pruner(model, optimizers=[], **wrong)
+    for cost in (float("inf"), 0.0, -1.0):
+        with pytest.raises(ValueError, match=r"do not for 2\.weight"):
+            Pruner(model, costs={"0.weight": 1.0, "2.weight": cost}, optimizers=[])
+    with pytest.raises(ValueError, match=r"at most 0\.875, where one channel"):
+        Pruner(model, granularity=Channels(example), optimizers=[]).check(0.9)
+    with pytest.raises(ValueError, match=r"`example_input` is expected to be .*tuple came"):
+        Pruner(model, granularity=Channels((example,)), optimizers=[])

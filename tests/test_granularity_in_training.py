@@ -15,6 +15,7 @@ from pruneflow import (
     Reparametrize,
     latency,
     multiply_adds,
+    sparsity,
 )
 from pruneflow.channels.coupling import remove_channels
 from pruneflow.deploy import shrink
@@ -146,3 +147,18 @@ def test_what_a_granularity_cannot_do_is_refused_before_training(model, batches,
         trainer(PruningCallback(Linear(0.1, 2), granularity=NM(2, 3), start_epoch=4)).fit(
             model, batches
         )
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_examples_take_the_precision_of_the_training(precision, model, batches, trainer):
+    pruning = PruningCallback(Linear(0.5, 2), granularity=Channels(), costs=multiply_adds)
+    trainer(pruning, precision=precision, max_epochs=3).fit(model, batches)
+    assert 0 < int((model.body[1].weight == 0).sum()) < 48
+
+
+def test_what_is_logged_is_the_sparsity_of_the_weights(model, batches, trainer):
+    pruning = PruningCallback(Linear(0.5, 2), granularity=Channels())
+    fit = trainer(pruning, max_epochs=3)
+    fit.fit(model, batches)
+    assert fit.callback_metrics["sparsity"] == pytest.approx(sparsity(model), abs=1e-6)
+    assert pruning.sparsity == pytest.approx(sparsity(model), abs=1e-6)
