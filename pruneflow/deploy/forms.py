@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from pruneflow.deploy.building import Builder, Built, Run, in_pytorch
 from pruneflow.deploy.peak import peak_bytes
 
-_MOST_TURNS, _FEWEST_TURNS = 11, 3
+_MOST_TURNS, _FEWEST_TURNS = 7, 3
 _SECONDS = 20.0  # for all forms at one batch size, unless the fewest turns take longer
-_WARM_UP, _BURST = 0.003, 0.01  # seconds that a turn lasts at least; shorter runs are repeated
+# Seconds of a turn: without work, with what is not timed, and timed; shorter runs are repeated.
+_REST, _WARM_UP, _BURST = 0.01, 0.005, 0.01
 # What counts as a gain: bytes, peaks and times differ by a little anyhow.
 _SMALLER, _LIGHTER, _FASTER = 0.99, 0.95, 1.05
 _MISSING = "–"
@@ -225,7 +226,8 @@ def _take_turns(
         if turn >= _FEWEST_TURNS and time.perf_counter() - began > _SECONDS:
             break
         for name, run in runs.items():
-            # Caches are the last form's, and its threads may still wait for work, spinning.
+            # Caches are the last form's, and its threads wait for work, spinning for a while.
+            time.sleep(_REST)
             _seconds(run, batch, _WARM_UP)
             times[name].append(_seconds(run, batch, _BURST))
     return times
