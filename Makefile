@@ -21,7 +21,7 @@ imports: $(VENV)/installed
 	$(BIN)/lint-imports --no-cache
 
 tests: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "pruneflow needs Python 3.11 or newer"'
