@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.arguments import check_arguments
-from pruneflow.companions import denser_choices
+from pruneflow.companions import check_disjoint, denser_choices
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
@@ -227,7 +227,7 @@ class PruningCallback(L.Callback):
                 f"`masking` Reparametrize is expected without {averaging[0]}, which averages "
                 "parameters by their order; use masking=InPlace()"
             )
-        self._check_disjoint(trainer)
+        check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
         self._take_restored()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -353,17 +353,6 @@ class PruningCallback(L.Callback):
         for _, average in averaged_models(trainer):
             self.pruner.apply_to(average)
 
-    def _check_disjoint(self, trainer: L.Trainer) -> None:
-        assert self.pruner is not None
-        for other in pruning_callbacks(trainer):
-            if other is not self and other.pruner is not None:
-                both = sorted(_claimed(self.pruner) & _claimed(other.pruner))
-                if both:
-                    raise ValueError(
-                        "`include`/`exclude` of several PruningCallbacks are expected to select "
-                        f"different tensors, but two select {', '.join(both)}; exclude them in one"
-                    )
-
     def _method(self) -> dict[str, str]:
         return method_state(
             importance=self.importance,
@@ -414,10 +403,6 @@ def pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:
 
 def _logged(trainer: L.Trainer) -> list[Logged]:
     return [each._logged for each in pruning_callbacks(trainer) if each.pruner is not None]
-
-
-def _claimed(pruner: Pruner) -> set[str]:
-    return {*pruner.names, *pruner.frozen}  # what is frozen may be taken in later
 
 
 def _words(patterns: Sequence[Pattern] | None) -> list[str] | None:

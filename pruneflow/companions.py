@@ -1,12 +1,16 @@
-"""Callbacks beside a PruningCallback that may end with a model denser than the target."""
+"""Callbacks beside a PruningCallback: what may end denser than the target, what may overlap."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pruneflow.plan import Plan
+from pruneflow.pruner import Pruner
 
 # Of these the largest is never from an earlier round than the others.
 _GROWING = ("epoch", "step", "round", "sparsity")
@@ -71,3 +75,19 @@ def _waits(trainer: L.Trainer, callback: EarlyStopping, plan: Plan, last: int) -
     thresholds = (callback.stopping_threshold, callback.divergence_threshold)
     once_an_epoch = plan.unit == "epoch" and trainer.val_check_interval == 1.0
     return once_an_epoch and thresholds == (None, None) and callback.patience >= last
+
+
+def check_disjoint(pruners: Sequence[Pruner]) -> None:
+    """Refuse several that prune one tensor, or may once it is no longer frozen.
+
+    Raises:
+        ValueError: Naming the tensors.
+    """
+    for one, other in combinations(pruners, 2):
+        both = sorted({*one.names, *one.frozen} & {*other.names, *other.frozen})
+        if both:
+            raise ValueError(
+                "`include`/`exclude` of several PruningCallbacks are expected to select different "
+                f"tensors, but two select {', '.join(both)}, or what goes along with channels; "
+                "exclude them in one"
+            )
