@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed import get_rank
 
-from pruneflow.granularity import NM, Block, CoupledChannels, unit_masks
+from pruneflow.granularity import NM, Block
 from pruneflow.importance import Context, Importance
 from pruneflow.plan import pruned_count
 from pruneflow.processes import assemble, gather, is_sharded, own, whole
 from pruneflow.scope import Scope, resolve_scope
 from pruneflow.scores import check_finite, gradients_of, scores_of
 from pruneflow.threshold import Scores, find_threshold, keep_masks, keep_parts, one_process
+from pruneflow.units import CoupledChannels, unit_masks
 
 # Of the powers 0, 0.15, 0.25, 0.35, 0.5 and 0.75 the one that left ResNet-18 the most accurate with
 # 5 % or 10 % of its multiply-adds: recipes/results/resnet18_cifar10_compute_aware. From 0.5 on the

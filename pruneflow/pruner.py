@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruneflow.granularity import NM, Block, Channels, CoupledChannels, Granularity
+from pruneflow.granularity import NM, Block, Channels, Granularity
 from pruneflow.importance import Importance, magnitude
 from pruneflow.masking import InPlace, Masking
 from pruneflow.masks import MaskSet, check_costs, check_units, compute_masks
@@ -30,6 +30,7 @@ from pruneflow.torch_methods import (
     keeps_own_amount,
     torch_masks,
 )
+from pruneflow.units import CoupledChannels
 
 
 class Pruner:
