@@ -31,6 +31,17 @@ STEP = np.dtype(
 )
 
 
+class Call(ctypes.Structure):
+    """How a batch of a size is computed; `Plan.call` makes it, and lives as long."""
+
+    _fields_ = (
+        ("steps", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("step_count", "count", "activations", "panel")),
+        *((name, ctypes.c_int64) for name in ("threads", "together")),
+        ("seconds", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True)
 class Machine:
     """What plans are made for.
@@ -89,40 +100,22 @@ class Plan:
     made: list[int]
     kept: list[npt.NDArray[Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.address = self.steps.ctypes.data  # once: asking for it takes as long as a small layer
-
     def arena(self, threads: int) -> int:
         """Floats that many threads need, on the same samples or each on its own."""
         return (self.activations + self.panel) * threads
 
-    def run(
-        self,
-        kernels: ctypes.CDLL,
-        batch: int,
-        out: int,
-        count: int,
-        arena: int,
-        *,
-        threads: int,
-        together: bool,
-        seconds: int | None = None,
-    ) -> None:
-        """Compute `count` samples.
+    def call(self, count: int, *, threads: int, together: bool, seconds: int | None = None) -> Call:
+        """What `pruneflow_run` is told, beside where input, output and an arena lie.
 
         Args:
-            kernels: See `toolchain.load`.
-            batch: Address of the input, contiguous float32.
-            out: Address of the output.
             count: Of samples.
-            arena: Address of the arena, aligned to 64 bytes: one, or one for each thread.
             threads: How many work.
             together: Whether on the same samples, or each on its own.
             seconds: Address of a float64 for each step, to be told how long it took.
         """
-        kernels.pruneflow_run(
-            *(self.address, len(self.steps), batch, out, count, arena),
-            *(self.activations, self.panel, seconds, threads, together),
+        return Call(
+            *(self.steps.ctypes.data, len(self.steps), count, self.activations, self.panel),
+            *(threads, together, seconds),
         )
 
 

@@ -73,13 +73,9 @@ def load(flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
         NoCompilerError: See `build`.
     """
     library = ctypes.CDLL(str(build(flags)))
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.pruneflow_run.restype = None
-    library.pruneflow_run.argtypes = [
-        *(pointer, count, pointer, pointer, count, pointer, count, count, pointer),
-        *(number, number),
-    ]
-    library.pruneflow_step_bytes.restype = count
+    library.pruneflow_run.argtypes = [ctypes.c_void_p] * 4
+    library.pruneflow_step_bytes.restype = ctypes.c_int64
     return library
 
 

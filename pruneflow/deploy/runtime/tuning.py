@@ -82,18 +82,17 @@ def _step_seconds(plans: Sequence[Plan], kernels: ctypes.CDLL) -> npt.NDArray[np
         for step in plans[0].steps[[0, -1]]
     )
     taken = np.empty(len(plans[0].steps))
+    calls = [
+        plan.call(samples, threads=1, together=True, seconds=taken.ctypes.data) for plan in plans
+    ]
+    addresses = batch.ctypes.data, out.ctypes.data, arena.ctypes.data
     least = np.full((len(plans), len(taken)), math.inf)
     end = time.perf_counter() + 0.03 * len(plans)
     turn = 0
     while turn < 2 or (turn < 50 and time.perf_counter() < end):
-        for way, plan in enumerate(plans):
+        for way, call in enumerate(calls):
             for _ in range(2):  # the first with the caches of another plan
-                plan.run(
-                    *(kernels, batch.ctypes.data, out.ctypes.data, samples, arena.ctypes.data),
-                    threads=1,
-                    together=True,
-                    seconds=taken.ctypes.data,
-                )
+                kernels.pruneflow_run(ctypes.addressof(call), *addresses)
                 np.minimum(least[way], taken, out=least[way])
         turn += 1
     return least

@@ -191,21 +191,35 @@ void fill_padded(const Step &s, const float *in, float *panel) {
 }
 
 // Rows are sorted by tap, so that what is to be picked is looked up once for many channels.
+template <typename V>
 void fill_panel(const Step &s, const Tile &t, const float *in, float *panel, Part rows) {
-    const int64_t lanes = s.panel_lanes, size = t.columns * lanes;
+    constexpr int64_t lanes = sizeof(V) / 4;
+    const int64_t size = t.columns * lanes;
     for (int64_t tap = 0; tap < s.taps; ++tap) {
         const int64_t begin = std::max<int64_t>(rows.begin, s.tap_row[tap]);
         const int64_t end = std::min<int64_t>(rows.end, s.tap_row[tap + 1]);
         if (begin >= end)
             continue;
+        const int32_t *source = s.row_source;
         for (int i = 0; i < t.columns; ++i) {
             const int64_t position = tap * s.out_stride + t.out[0] + i * lanes;
-            const Picker pick(s.table + position, s.base[position / lanes], lanes);
             float *to = panel + (begin - rows.begin) * size + i * lanes;
-            for (int64_t row = begin; row < end; ++row, to += size)
-                pick.store(to, pick(in + s.row_source[row], 0));
+            with_picker<V>(s.table + position, s.base[position / lanes], [=](const auto &pick) {
+                float *at = to;
+                for (int64_t row = begin; row < end; ++row, at += size)
+                    store(at, pick(in + source[row], V{}));
+            });
         }
     }
+}
+
+void fill_panel(const Step &s, const Tile &t, const float *in, float *panel, Part rows) {
+    if (s.panel_lanes == 4)
+        fill_panel<Vector4>(s, t, in, panel, rows);
+    else if (s.panel_lanes == 8)
+        fill_panel<Vector8>(s, t, in, panel, rows);
+    else
+        fill_panel<Vector>(s, t, in, panel, rows);
 }
 
 // What a tile reads of the present range of the input is copied into a panel where it does not lie

@@ -8,7 +8,7 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-template <bool Mean> Vector pool_add(Vector sum, Vector value) {
+template <bool Mean, typename V> V pool_add(V sum, V value) {
     if (Mean)
         return sum + value;
     return (value > sum) | (value != value) ? value : sum;
@@ -30,29 +30,45 @@ template <bool Mean> void pool_lanes(const Step &s, float *arena, Part channels)
     }
 }
 
-template <bool Mean> void pool_pixels(const Step &s, float *arena, Part channels) {
-    const int64_t lanes = std::min<int64_t>(LANES, s.out_stride);
-    for (int64_t at = 0; at < s.out_stride; at += lanes)
-        for (int64_t tap = 0; tap < s.taps; ++tap) {
-            const int64_t position = tap * s.out_stride + at;
-            const Picker pick(s.table + position, s.base[position / lanes], lanes);
-            for (int64_t c = channels.begin; c < channels.end; ++c) {
-                float *to = arena + s.out + c * s.out_stride + at;
-                Vector sum = pick(arena + s.in + c * s.in_stride, Mean ? 0 : -INFINITE);
-                if (tap > 0)
-                    sum = pool_add<Mean>(load<Unaligned>(to), sum);
-                if (Mean && tap == s.taps - 1)
-                    sum *= load<Unaligned>(s.scale + at);
-                pick.store(to, sum);
+template <bool Mean, typename V> void pool_pixels(const Step &s, float *arena, Part channels) {
+    constexpr int64_t lanes = sizeof(V) / 4;
+    const V nothing = broadcast<V>(Mean ? 0 : -INFINITE);
+    // As many channels at a time as stay in the cache while they are read for each tap.
+    const int64_t most = std::max<int64_t>(1, 4096 / s.in_stride);
+    for (int64_t begin = channels.begin; begin < channels.end; begin += most) {
+        const int64_t end = std::min(begin + most, channels.end);
+        for (int64_t at = 0; at < s.out_stride; at += lanes)
+            for (int64_t tap = 0; tap < s.taps; ++tap) {
+                const int64_t position = tap * s.out_stride + at;
+                with_picker<V>(s.table + position, s.base[position / lanes], [&](auto pick) {
+                    const float *from = arena + s.in + begin * s.in_stride;
+                    float *to = arena + s.out + begin * s.out_stride + at;
+                    const int64_t in_stride = s.in_stride, out_stride = s.out_stride;
+                    const bool first = tap == 0;
+                    for (int64_t c = begin; c < end; ++c, from += in_stride, to += out_stride) {
+                        const V value = pick(from, nothing);
+                        store(to, first ? value : pool_add<Mean>(load<V>(to), value));
+                    }
+                });
             }
+    }
+    if (Mean)
+        for (int64_t c = channels.begin; c < channels.end; ++c) {
+            float *to = arena + s.out + c * s.out_stride;
+            for (int64_t i = 0; i < s.out_stride; ++i)
+                to[i] *= s.scale[i];
         }
 }
 
-void pool(const Step &s, float *arena, Part channels) {
+template <bool Mean> void pool(const Step &s, float *arena, Part channels) {
     if (s.lanes)
-        s.scale ? pool_lanes<true>(s, arena, channels) : pool_lanes<false>(s, arena, channels);
+        pool_lanes<Mean>(s, arena, channels);
+    else if (s.out_stride >= LANES)
+        pool_pixels<Mean, Vector>(s, arena, channels);
+    else if (s.out_stride == 8)
+        pool_pixels<Mean, Vector8>(s, arena, channels);
     else
-        s.scale ? pool_pixels<true>(s, arena, channels) : pool_pixels<false>(s, arena, channels);
+        pool_pixels<Mean, Vector4>(s, arena, channels);
 }
 
 // Elementwise, whatever the layout: values end with whole vectors.
@@ -115,21 +131,15 @@ void store_batch(const Step &s, const float *arena, float *batch, int64_t valid,
             }
 }
 
-struct Call {
-    const Step *steps;
-    int64_t step_count;
+struct Run {
+    const Call &call;
     const float *in;
-    float *out;
-    int64_t count;
-    float *arena;
-    int64_t activations, panel; // floats of all activations, of one panel
-    double *seconds;            // null, or how long each step takes
-    int threads;
-    bool together;
-    Barrier &team;
+    float *out, *arena;
+    Barrier team;
 };
 
-void run_steps(const Call &call, float *arena, int64_t piece, Barrier &team, int thread) {
+void run_steps(const Run &run, float *arena, int64_t piece, Barrier &team, int thread) {
+    const Call &call = run.call;
     // Behind the activations, those of one arena if they are of one for all.
     float *panel = arena + call.activations + (call.together ? thread : 0) * call.panel;
     using Clock = std::chrono::steady_clock;
@@ -143,16 +153,16 @@ void run_steps(const Call &call, float *arena, int64_t piece, Barrier &team, int
         const Part channels = share(s.channels, thread, team.threads);
         switch (s.kind) {
         case LOAD:
-            load_batch(s, call.in + first * features, valid, arena, channels);
+            load_batch(s, run.in + first * features, valid, arena, channels);
             break;
         case STORE:
-            store_batch(s, arena, call.out + first * features, valid, channels);
+            store_batch(s, arena, run.out + first * features, valid, channels);
             break;
         case CONVOLUTION:
             convolution(s, arena, panel, thread, team.threads);
             break;
         case POOL:
-            pool(s, arena, channels);
+            s.scale ? pool<true>(s, arena, channels) : pool<false>(s, arena, channels);
             break;
         case ADD:
             add(s, arena, thread, team.threads);
@@ -168,18 +178,18 @@ void run_steps(const Call &call, float *arena, int64_t piece, Barrier &team, int
 }
 
 void work(void *context, int thread) {
-    const Call &call = *static_cast<const Call *>(context);
+    Run &run = *static_cast<Run *>(context);
+    const Call &call = run.call;
     const int64_t samples = call.steps[0].samples;
     const int64_t pieces = (call.count + samples - 1) / samples;
     if (call.together) {
         for (int64_t piece = 0; piece < pieces; ++piece)
-            run_steps(call, call.arena, piece, call.team, thread);
+            run_steps(run, run.arena, piece, run.team, thread);
     } else {
         Barrier alone(1);
-        const Part own = share(pieces, thread, call.threads);
+        const Part own = share(pieces, thread, int(call.threads));
         for (int64_t piece = own.begin; piece < own.end; ++piece)
-            run_steps(call, call.arena + thread * (call.activations + call.panel), piece, alone,
-                      0);
+            run_steps(run, run.arena + thread * (call.activations + call.panel), piece, alone, 0);
     }
 }
 
@@ -191,12 +201,9 @@ int pruneflow_lanes() { return LANES; }
 int pruneflow_registers() { return REGISTERS; }
 int64_t pruneflow_step_bytes() { return sizeof(Step); }
 
-void pruneflow_run(const Step *steps, int64_t step_count, const float *in, float *out,
-                   int64_t count, float *arena, int64_t activations, int64_t panel,
-                   double *seconds, int threads, int together) {
-    Barrier team(threads);
-    Call call{steps,       step_count, in,      out,     count,         arena,
-              activations, panel,      seconds, threads, together != 0, team};
-    Pool::instance().run(threads, work, &call);
+void pruneflow_run(const Call *call, const float *in, float *out, float *arena) {
+    const int threads = int(call->threads);
+    Run run{*call, in, out, arena, Barrier(threads)};
+    Pool::instance().run(threads, work, &run);
 }
 }

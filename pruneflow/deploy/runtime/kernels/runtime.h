@@ -68,14 +68,20 @@ struct Step {
     float low, high;               // the result is clamped; infinities: as it is
 };
 
+// A batch of `count` samples, `steps[0].samples` of them at a time. Together: all threads on the same
+// samples and one arena, `activations` floats and as many panels as threads; otherwise each on its
+// own samples and an arena of its own, all of `activations + panel` floats.
+struct Call {
+    const Step *steps;
+    int64_t step_count, count;
+    int64_t activations, panel;
+    int64_t threads, together;
+    double *seconds; // null, or how long each step takes
+};
+
 extern "C" {
 int pruneflow_lanes();
 int pruneflow_registers();
 int64_t pruneflow_step_bytes();
-// Runs `count` samples, `steps[0].samples` at a time. Together: all threads on the same samples and
-// one arena, `activations` floats and as many panels as threads; otherwise each on its own samples
-// and an arena of its own, all of `activations + panel` floats. `seconds`: null, or for each step.
-void pruneflow_run(const Step *steps, int64_t step_count, const float *in, float *out,
-                   int64_t count, float *arena, int64_t activations, int64_t panel,
-                   double *seconds, int threads, int together);
+void pruneflow_run(const Call *call, const float *in, float *out, float *arena);
 }

@@ -18,6 +18,17 @@ template <typename V = Vector> V load(const float *from) {
 }
 template <typename V> void store(float *to, V value) { *reinterpret_cast<V *>(to) = value; }
 template <typename V = Vector> V broadcast(float value) { return value - V{}; }
+#if defined(__AVX512F__)
+// The first floats of a vector.
+template <typename V> V low(__m512 vector) {
+    if constexpr (sizeof(V) == 16)
+        return (V)_mm512_castps512_ps128(vector);
+    else if constexpr (sizeof(V) == 32)
+        return (V)_mm512_castps512_ps256(vector);
+    else
+        return (V)vector;
+}
+#endif
 
 // Comparisons with NaN are false, so that it stays NaN as in PyTorch.
 template <typename V> V clamp(V x, V low, V high) {
@@ -32,74 +43,62 @@ Part share(int64_t count, int thread, int threads) {
     return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// Picks what a tap reads for a vector of positions, 4, 8 or LANES of them, out of a channel.
-class Picker {
-  public:
-    // `base`: the least of the indices, or negative where they do not lie within four vectors.
-    Picker(const int32_t *indices, int32_t base, int64_t lanes)
+// Picks what a tap reads for a vector V of positions out of many channels. `use` is called once, with
+// a function of a channel and of what stands for padding, that knows where `indices` lie: side by
+// side, within one, two or four vectors from `base` on, the least of them, or, if it is negative,
+// anywhere.
+template <typename V, typename Use>
+void with_picker(const int32_t *indices, int32_t base, const Use &use) {
+    constexpr int lanes = sizeof(V) / 4;
+    decltype(V{} < V{}) is_there;
+    std::memcpy(&is_there, indices, sizeof(V));
+    is_there = is_there >= 0;
+    const auto with = [&](const auto &read) {
+        use([=](const float *from, V otherwise) { return is_there ? read(from) : otherwise; });
+    };
 #if defined(__AVX512F__)
-        : base(base) {
-        present = __mmask16((1 << lanes) - 1);
-        at = _mm512_maskz_loadu_epi32(present, indices);
-        inside = _mm512_mask_cmpge_epi32_mask(present, at, _mm512_setzero_si512());
-        if (base < 0) {
-            way = inside ? GATHER : SIDE_BY_SIDE;
-            return;
-        }
-        const int first = __builtin_ctz(inside);
-        const __m512i row = _mm512_add_epi32(_mm512_set1_epi32(base - first), COUNT);
-        if (_mm512_mask_cmpneq_epi32_mask(inside, at, row) == 0) {
-            way = SIDE_BY_SIDE;
-            this->base -= first;
-            return;
-        }
-        at = _mm512_sub_epi32(at, _mm512_set1_epi32(base));
-        upper = _mm512_mask_cmpge_epi32_mask(inside, at, _mm512_set1_epi32(2 * LANES));
-        way = upper ? FOUR : TWO;
-    }
-    Vector operator()(const float *from, float otherwise) const {
-        const __m512 rest = _mm512_set1_ps(otherwise);
-        const float *near = from + base;
-        switch (way) {
-        case SIDE_BY_SIDE:
-            return (Vector)_mm512_mask_loadu_ps(rest, inside, near);
-        case TWO:
-            return (Vector)_mm512_mask_mov_ps(rest, inside, two(near));
-        case FOUR:
-            return (Vector)_mm512_mask_mov_ps(
-                rest, inside, _mm512_mask_mov_ps(two(near), upper, two(near + 2 * LANES)));
-        default:
-            return (Vector)_mm512_mask_i32gather_ps(rest, inside, at, from, 4);
-        }
-    }
-    void store(float *to, Vector value) const { _mm512_mask_storeu_ps(to, present, (__m512)value); }
-
-  private:
-    __m512 two(const float *from) const {
-        return _mm512_permutex2var_ps(_mm512_loadu_ps(from), at, _mm512_loadu_ps(from + LANES));
-    }
-    const __m512i COUNT =
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    enum { SIDE_BY_SIDE, TWO, FOUR, GATHER } way;
-    __m512i at;
-    __mmask16 present, inside, upper;
-    int64_t base;
+    const __m512i at = _mm512_maskz_loadu_epi32(__mmask16((1 << lanes) - 1), indices);
+    const __mmask16 inside = _mm512_mask_cmpge_epi32_mask(__mmask16((1 << lanes) - 1), at,
+                                                          _mm512_setzero_si512());
+    const int first = inside ? __builtin_ctz(inside) : 0;
+    const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i row = _mm512_add_epi32(_mm512_set1_epi32(base - first), count);
+    const __m512i far = _mm512_sub_epi32(at, _mm512_set1_epi32(base));
+    const auto beyond = [&](int most) {
+        return _mm512_mask_cmpge_epi32_mask(inside, far, _mm512_set1_epi32(most));
+    };
+    const auto two = [=](const float *from) {
+        return _mm512_permutex2var_ps(_mm512_loadu_ps(from), far, _mm512_loadu_ps(from + LANES));
+    };
+    if (!inside || (base >= 0 && !_mm512_mask_cmpneq_epi32_mask(inside, at, row)))
+        with([=](const float *from) {
+            return low<V>(_mm512_maskz_loadu_ps(inside, from + base - first));
+        });
+    else if (base < 0)
+        with([=](const float *from) {
+            return low<V>(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside, at, from, 4));
+        });
+    else if (!beyond(LANES))
+        with([=](const float *from) {
+            return low<V>(_mm512_permutexvar_ps(far, _mm512_loadu_ps(from + base)));
+        });
+    else if (!beyond(2 * LANES))
+        with([=](const float *from) { return low<V>(two(from + base)); });
+    else
+        with([=, upper = beyond(2 * LANES)](const float *from) {
+            const float *near = from + base;
+            return low<V>(_mm512_mask_mov_ps(two(near), upper, two(near + 2 * LANES)));
+        });
 #else
-        : indices(indices), lanes(lanes) {
-        (void)base;
-    }
-    Vector operator()(const float *from, float otherwise) const {
-        Vector values{};
+    (void)base;
+    with([=](const float *from) {
+        V values{};
         for (int lane = 0; lane < lanes; ++lane)
-            values[lane] = indices[lane] >= 0 ? from[indices[lane]] : otherwise;
+            if (indices[lane] >= 0)
+                values[lane] = from[indices[lane]];
         return values;
-    }
-    void store(float *to, Vector value) const { std::memcpy(to, &value, size_t(lanes) * 4); }
-
-  private:
-    const int32_t *const indices;
-    const int64_t lanes;
+    });
 #endif
-};
+}
 
 } // namespace
