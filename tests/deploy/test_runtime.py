@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ WAYS = [
     *(Choice(group, reach) for group in (1, 2, 4) for reach in (0, 200)),
     *(Choice(group, 300, padded=True) for group in (1, 4)),
     Choice(0),  # stands for as many as there are lanes
+    Choice(matrix=True),
 ]
 
 
@@ -180,6 +181,26 @@ def test_networks_equal_pytorch_in_every_layout(name, density):
     assert difference(model, torch.randn(19, *shape), Choice(2, 4096, padded=True)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "flags", [toolchain.FLAGS, ("-O1", "-msse4.2"), ("-O1", "-mavx2", "-mfma")]
+)
+def test_layers_of_few_pixels_as_matrices(flags):
+    model, batch = prune(resnet(), 0.1), torch.randn(6, 3, 32, 32)
+    assert difference(model, batch, Choice(matrix=True), threads=3, flags=flags) < 1e-5
+
+
+def test_threads_write_to_cache_lines_of_their_own():
+    model = prune(nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU()), 0.2)
+    compiled = untimed(model, torch.randn(1, 3, 4, 4), threads=3)  # four floats a channel
+    plan = compiled._plans[False, 1]
+    step = plan.steps[1]
+    arrays = {array.ctypes.data: array for array in plan.kept}
+    order, split = arrays[int(step["order"])], arrays[int(step["split"])]
+    shares = [set(order[begin:end] // 4) for begin, end in pairwise(split)]
+    assert sum(map(len, shares)) == 12 and len(set.union(*shares)) == 12
+    assert all(shares)
+
+
 def test_all_weights_zero():
     model = prune(resnet(), 0.0)
     assert difference(model, torch.randn(3, 3, 32, 32)) < 1e-5
@@ -222,7 +243,7 @@ def test_each_layer_takes_the_way_whose_steps_were_fastest(monkeypatch):
     first, second = (layer.output for layer in network.layers)
     seen = []
 
-    def steps(plans, kernels):
+    def steps(plans, kernels, threads):
         seen.extend(plans)
         seconds = np.ones((len(plans), len(plans[0].steps)))
         seconds[2, plans[0].made.index(first)] = 0.5
@@ -240,7 +261,7 @@ def test_each_layer_takes_the_way_whose_steps_were_fastest(monkeypatch):
 def test_steps_are_timed():
     kernels = toolchain.load()
     compiled = untimed(prune(resnet(), 0.1), torch.zeros(1, 3, 32, 32))
-    seconds = tuning._step_seconds(list(compiled._plans.values())[:2], kernels)
+    seconds = tuning._step_seconds(list(compiled._plans.values())[:2], kernels, threads=2)
     assert seconds.shape == (2, len(compiled.network.layers) + 2)
     assert (seconds > 0).all() and (seconds < 10).all()
 
@@ -422,15 +443,17 @@ def sanitizer():
 def test_reads_and_writes_only_what_it_may(sanitizer):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from itertools import product
 import torch, test_runtime as t
 from pruneflow.deploy.runtime.plans import Choice
 torch.manual_seed(0)
-for name in ("residual", "dense"):
+ways = Choice(1, 100), Choice(2, 0, padded=True), Choice(0)
+cases = [*product(("residual", "dense"), ways), ("resnet", Choice(matrix=True))]
+for name, choice in cases:
     make, shape = t.NETWORKS[name]
-    for choice in (Choice(1, 100), Choice(2, 0, padded=True), Choice(0)):
-        batch = torch.randn(9, *shape)
-        off = t.difference(t.prune(make(), 0.3), batch, choice, flags=t.SANITIZED)
-        assert off < 1e-5, (name, choice, off)
+    batch = torch.randn(9, *shape)
+    off = t.difference(t.prune(make(), 0.3), batch, choice, flags=t.SANITIZED)
+    assert off < 1e-5, (name, choice, off)
 print("clean")
 """
     run = subprocess.run(

@@ -6,7 +6,7 @@ kernels/runtime.h explains: `lanes` puts samples side by side in a vector, `pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pruneflow.deploy.runtime.layers import Integers, Layer, Network
+from pruneflow.deploy.runtime.packing import order_in_shares, pack, pack_matrix
 from pruneflow.deploy.runtime.plans import (
     ARRAYS,
     KINDS,
@@ -143,7 +144,9 @@ class _Lowering:
         if layer.kind == "convolution":
             if layer.residual is not None:
                 settings["extra"] = self.places[layer.residual]
-            self.step("convolution", made, **settings, **self.convolution(layer, choice))
+            matrix = choice.matrix and self.positions(layer)
+            own = self.matrix(layer) if matrix else self.convolution(layer, choice)
+            self.step("matrix" if matrix else "convolution", made, **settings, **own)
         elif layer.kind == "pool":
             assert layer.table is not None
             table = self.layout.table(layer.table, self.pixels[source])
@@ -198,26 +201,53 @@ class _Lowering:
             panel = int(np.diff(cuts).max()) * reach // max(1, limit)
             self.panel_floats = max(self.panel_floats, panel)
         sizes = np.bincount(survivors.output // group, minlength=groups)
-        order = np.argsort(sizes, kind="stable").astype(np.int32)
-        entries, pointer = _pack(lists, group, order, cuts[1:-1])
-        loads = np.append(0, (np.diff(pointer).sum((0, 1)) + 1).cumsum())
-        goals = np.arange(self.machine.threads + 1) * loads[-1] / self.machine.threads
+        order, split = order_in_shares(sizes, self.machine.threads, self.line(layer, group))
+        entries, pointer = pack(lists, group, order.astype(np.int32), cuts[1:-1])
         return settings | {
             "group": group,
             "groups": groups,
             "positions": positions,
             "blocks": blocks,
-            "order": order,
+            "order": order.astype(np.int32),
             "cut": cuts.astype(np.int32),
             "bias": np.pad(layer.bias, (0, groups * group - len(layer.bias))).astype(np.float32),
             "tiles": len(settings["tile"]),
             "pointer": pointer,
             "entries": entries,
-            "split": np.searchsorted(loads, goals).astype(np.int32),
+            "split": split,
         }
 
+    def matrix(self, layer: Layer) -> dict[str, Any]:
+        assert layer.bias is not None and layer.window is not None
+        survivors, (source,) = _Survivors(layer), layer.inputs
+        positions, width = self.positions(layer), self.machine.lanes
+        table = self.layout.table(layer.window.table, self.pixels[source])[:, :positions]
+        reads = table[survivors.tap]
+        entry, position = np.nonzero(reads >= 0)
+        address = survivors.channel[entry] * self.strides[source] + reads[entry, position]
+        row = survivors.output[entry] * positions + position
+        sizes = np.bincount(row, minlength=len(layer.bias) * positions)
+        order, split = order_in_shares(-sizes, self.machine.threads, width)
+        entries, pointer = pack_matrix(row, address, survivors.weight[entry], order, width)
+        channel, position = np.divmod(order, positions)
+        to = channel * self.strides[layer.output] + position
+        rest = (0, -len(order) % width)
+        return {
+            "groups": len(pointer) - 1,
+            "order": np.pad(to, rest, constant_values=-1).astype(np.int32),
+            "bias": np.pad(layer.bias[channel], rest).astype(np.float32),
+            "pointer": pointer,
+            "entries": entries,
+            "split": -(-split // width),
+        }
+
+    def line(self, layer: Layer, group: int) -> int:
+        """Groups whose outputs share a cache line, which only one thread had better write to."""
+        floats = group * self.strides[layer.output]
+        return max(1, self.machine.lanes // floats)
+
     def positions(self, layer: Layer) -> int:
-        """How many there are, if so few that vectors had better hold output channels; else 0."""
+        """How many there are, if so few that vectors had better hold something else; or 0."""
         count = self.pixels[layer.output] * self.layout.samples
         return count if count <= MOST_POSITIONS and not self.layout.lanes else 0
 
@@ -290,16 +320,20 @@ class _Lowering:
                 "table": table,
                 "base": _bases(table, width, self.machine.lanes),
             }
-        tiles, start = [], 0
-        for size in cut(
-            strides[1] // width, min(max(SIZES), max(1, self.machine.sums(choice.group)))
-        ):
+        tiles, start, vectors = [], 0, strides[1] // width
+        threads, most = self.machine.threads, max(1, self.machine.sums(choice.group))
+        # Threads that share out channels each fill the whole panel, those that share out tiles each
+        # go through all weights; to fill a vector takes about as long as two weights.
+        shared = not direct and vectors >= threads and len(index) < 2 * rows * vectors
+        if shared:
+            most = min(most, -(-vectors // threads))
+        for size in cut(vectors, min(max(SIZES), most)):
             tile = [1, size, 0] + [0] * (2 * MOST_ROWS)
             tile[3], tile[3 + MOST_ROWS] = start if direct else 0, start
             tiles.append(tile)
             start += size * width
         settings |= {"tile": np.array(tiles, np.int32), "column_step": 1, "panel_lanes": width}
-        settings["by_tile"] = len(tiles) >= 4 * self.machine.threads
+        settings["by_tile"] = shared or len(tiles) >= 4 * threads
         lists = [survivors.where(index, np.ones(len(index), bool))]
         return lists, rows * tiles[0][1] * width, rows, settings
 
@@ -350,25 +384,3 @@ def _bases(table: Integers, vector: int, lanes: int) -> Integers:
     first = np.where(vectors < 0, np.iinfo(np.int32).max, vectors).min(2)
     first = np.minimum(first, last)  # -1 where all is padding
     return np.where(last - first < 4 * lanes, first, -1).astype(np.int32)
-
-
-def _pack(
-    lists: Sequence[tuple[Any, ...]], group: int, order: Integers, cuts: npt.NDArray[Any]
-) -> tuple[Integers, Integers]:
-    """Entries, an index and the bits of `group` weights each, and where those of a group begin."""
-    blocks, groups = len(cuts) + 1, len(order)
-    rank = np.argsort(order)
-    entries, pointers, begin = [], [], 0
-    for output, index, weight in lists:
-        span = int(index.max(initial=0)) + 1
-        segment = np.searchsorted(cuts, index, side="right") * groups + rank[output // group]
-        keys, entry = np.unique(segment * span + index, return_inverse=True)
-        packed = np.zeros((len(keys), 1 + group), np.float32)
-        packed[entry, 1 + output % group] = weight
-        packed = packed.view(np.int32)
-        packed[:, 0] = keys % span
-        starts = np.arange(blocks)[:, None] * groups + np.arange(groups + 1)
-        pointers.append(begin + np.searchsorted(keys // span, starts))
-        entries.append(packed)
-        begin += len(packed)
-    return np.concatenate(entries), np.stack(pointers).astype(np.int32)

@@ -12,9 +12,12 @@ import numpy.typing as npt
 from pruneflow.deploy.runtime.layers import Integers
 
 MOST_ROWS = 8
-MOST_POSITIONS = 8  # of layers whose vectors hold output channels
+MOST_POSITIONS = 8  # of layers whose vectors hold output channels, or rows of a matrix
 SIZES = (8, 6, 4, 3, 2, 1)  # rows and columns of tiles that there are kernels for
-KINDS = {"load": 0, "store": 1, "convolution": 2, "pool": 3, "add": 4, "flatten": 5}
+KINDS = {
+    **{"load": 0, "store": 1, "convolution": 2, "pool": 3, "add": 4, "flatten": 5},
+    "matrix": 6,
+}
 _NUMBERS = (
     *("kind", "lanes", "samples", "in", "extra", "out", "in_stride", "out_stride"),
     *("channels", "pixels", "group", "groups", "blocks", "positions", "unit", "column_step"),
@@ -73,11 +76,14 @@ class Choice:
             to the next range of the input, so that they stay in the cache; 0 takes all.
         padded: In the layout `lanes`, whether the input is copied with zeros for the padding, which
             are then multiplied by; otherwise pixels at the border have weights of their own.
+        matrix: Whether a layer of few pixels in the layout `pixels` is a sparse matrix with a row
+            for each float of its output; elsewhere it stands for False.
     """
 
     group: int = 1
     reach: int = 0
     padded: bool = False
+    matrix: bool = False
 
 
 @dataclass

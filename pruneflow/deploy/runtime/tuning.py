@@ -33,7 +33,8 @@ def choose(
 
     Args:
         network: From `graph.capture`.
-        machine: What plans are made for; one of its threads is timed.
+        machine: What plans are made for. Its threads are timed together for the layout `pixels`,
+            and one of them for `lanes`, as that is how they mostly run.
         kernels: See `toolchain.load`.
         samples: At once while it is timed.
         lanes: The layout.
@@ -53,7 +54,7 @@ def choose(
     ]
     if not plans:
         return best
-    least = _step_seconds(plans, kernels)
+    least = _step_seconds(plans, kernels, threads=1 if lanes else machine.threads)
     fastest = least.argmin(0)
     for step, (kind, output) in enumerate(zip(plans[0].steps["kind"], plans[0].made, strict=True)):
         if kind == KINDS["convolution"]:
@@ -68,14 +69,18 @@ def _options(layer: Layer, machine: Machine, samples: int, *, lanes: bool) -> li
         options += [Choice(reach=_REACH, padded=True), Choice(padded=True)]
     if layer.groups == 1 and layer.weight.density > _DENSE:
         options += [Choice(4, _REACH), Choice(2, _REACH)]
-    if layer.groups == 1 and not lanes and len(layer.window.corner) * samples <= MOST_POSITIONS:
-        options.append(Choice(machine.lanes))
+    if not lanes and len(layer.window.corner) * samples <= MOST_POSITIONS:
+        options.append(Choice(matrix=True))
+        if layer.groups == 1:
+            options.append(Choice(machine.lanes))
     return options
 
 
-def _step_seconds(plans: Sequence[Plan], kernels: ctypes.CDLL) -> npt.NDArray[np.float64]:
+def _step_seconds(
+    plans: Sequence[Plan], kernels: ctypes.CDLL, *, threads: int
+) -> npt.NDArray[np.float64]:
     """The least seconds of each step of plans of the same steps."""
-    arena = aligned(max(plan.arena(1) for plan in plans))
+    arena = aligned(max(plan.arena(threads) for plan in plans))
     samples = plans[0].samples
     batch, out = (
         np.zeros(samples * int(step["channels"] * step["pixels"]), np.float32)
@@ -83,7 +88,8 @@ def _step_seconds(plans: Sequence[Plan], kernels: ctypes.CDLL) -> npt.NDArray[np
     )
     taken = np.empty(len(plans[0].steps))
     calls = [
-        plan.call(samples, threads=1, together=True, seconds=taken.ctypes.data) for plan in plans
+        plan.call(samples, threads=threads, together=True, seconds=taken.ctypes.data)
+        for plan in plans
     ]
     addresses = batch.ctypes.data, out.ctypes.data, arena.ctypes.data
     least = np.full((len(plans), len(taken)), math.inf)

@@ -1,5 +1,6 @@
 // Runs a plan made by pruneflow/deploy/runtime/lowering.py; see runtime.h for layouts and terms.
 #include "convolution.h"
+#include "matrix.h"
 #include "threads.h"
 #include <chrono>
 #include <limits>
@@ -160,6 +161,9 @@ void run_steps(const Run &run, float *arena, int64_t piece, Barrier &team, int t
             break;
         case CONVOLUTION:
             convolution(s, arena, panel, thread, team.threads);
+            break;
+        case MATRIX:
+            matrix(s, arena, thread, team.threads);
             break;
         case POOL:
             s.scale ? pool<true>(s, arena, channels) : pool<false>(s, arena, channels);

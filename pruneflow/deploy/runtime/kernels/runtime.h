@@ -23,7 +23,7 @@
 #endif
 #define MOST_ROWS 8
 
-enum Kind : int64_t { LOAD, STORE, CONVOLUTION, POOL, ADD, FLATTEN };
+enum Kind : int64_t { LOAD, STORE, CONVOLUTION, POOL, ADD, FLATTEN, MATRIX };
 
 // Vectors of the output that are computed together: rows of columns that lie side by side. They
 // share the list of the weights that do not fall on the padding.
@@ -66,6 +66,12 @@ struct Step {
     const int32_t *base;           // [tap][vector of positions]: see Picker
     const float *scale;            // [position]: POOL takes the mean; null: the maximum
     float low, high;               // the result is clamped; infinities: as it is
+    // MATRIX: a convolution of few positions as a sparse matrix of a row for each float of the
+    // output. Rows are sorted by how many weights they have, and a group is a vector of them. Its
+    // entries are, for the first weight of each row, for the second and so on, how many rows have
+    // one, and of each of these where it reads in the input, and then the weights. `pointer`
+    // tells where a group begins, `order` where a row goes in the output, and -1 where no row is;
+    // `bias` is in the order of rows.
 };
 
 // A batch of `count` samples, `steps[0].samples` of them at a time. Together: all threads on the same

@@ -30,6 +30,38 @@ template <typename V> V low(__m512 vector) {
 }
 #endif
 
+// Of the first `count` lanes; others are zero, or left alone.
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int count) { return __mmask16((1 << count) - 1); }
+inline Vector load_some(const float *from, int count) {
+    return (Vector)_mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+inline Vector gather(const float *from, const int32_t *indices, int count) {
+    const __m512i at = _mm512_maskz_loadu_epi32(first_lanes(count), indices);
+    return (Vector)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), first_lanes(count), at, from, 4);
+}
+inline void scatter(float *to, const int32_t *indices, int count, Vector value) {
+    const __m512i at = _mm512_maskz_loadu_epi32(first_lanes(count), indices);
+    _mm512_mask_i32scatter_ps(to, first_lanes(count), at, (__m512)value, 4);
+}
+#else
+inline Vector load_some(const float *from, int count) {
+    Vector values{};
+    std::memcpy(&values, from, size_t(count) * 4);
+    return values;
+}
+inline Vector gather(const float *from, const int32_t *indices, int count) {
+    Vector values{};
+    for (int lane = 0; lane < count; ++lane)
+        values[lane] = from[indices[lane]];
+    return values;
+}
+inline void scatter(float *to, const int32_t *indices, int count, Vector value) {
+    for (int lane = 0; lane < count; ++lane)
+        to[indices[lane]] = value[lane];
+}
+#endif
+
 // Comparisons with NaN are false, so that it stays NaN as in PyTorch.
 template <typename V> V clamp(V x, V low, V high) {
     x = x < low ? low : x;
@@ -57,9 +89,9 @@ void with_picker(const int32_t *indices, int32_t base, const Use &use) {
         use([=](const float *from, V otherwise) { return is_there ? read(from) : otherwise; });
     };
 #if defined(__AVX512F__)
-    const __m512i at = _mm512_maskz_loadu_epi32(__mmask16((1 << lanes) - 1), indices);
-    const __mmask16 inside = _mm512_mask_cmpge_epi32_mask(__mmask16((1 << lanes) - 1), at,
-                                                          _mm512_setzero_si512());
+    const __m512i at = _mm512_maskz_loadu_epi32(first_lanes(lanes), indices);
+    const __mmask16 inside =
+        _mm512_mask_cmpge_epi32_mask(first_lanes(lanes), at, _mm512_setzero_si512());
     const int first = inside ? __builtin_ctz(inside) : 0;
     const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i row = _mm512_add_epi32(_mm512_set1_epi32(base - first), count);
