@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 import multiprocessing
 import os
 import pickle
@@ -7,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -66,6 +68,12 @@ def untimed(model, example, choice=SPARSE, threads=2, flags=toolchain.FLAGS):
     choice = dataclasses.replace(choice, group=choice.group or machine.lanes)
     chosen = {layer.output: choice for layer in network.layers}
     return SparseModel(network, machine, {False: chosen, True: chosen}, flags)
+
+
+def each_plan(compiled, count):
+    """Functions of a batch of so many that compute it by each plan in turn."""
+    for plan, together in product(compiled._plans.values(), (False, True)):
+        yield partial(compiled._run, prepared=compiled._prepared(count, plan, together))
 
 
 @torch.no_grad()
@@ -133,6 +141,23 @@ class Dense(nn.Module):
         return self.linear(functional.adaptive_avg_pool2d(x, 4).view(x.size(0), -1))
 
 
+class Gated(nn.Module):
+    """Squeeze-and-excitation, products and the smooth activations, also in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.SiLU(inplace=True))
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 6, 1), nn.Hardsigmoid())
+        self.last = nn.Sequential(nn.Conv2d(6, 5, 2, 3), nn.Hardswish(), nn.Flatten())
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = torchvision.ops.stochastic_depth(self.squeeze(x) * x, 0.5, "row", self.training)
+        y = x * torch.sigmoid(x)
+        y *= functional.hardswish(x)
+        return self.last(y).sigmoid()
+
+
 def resnet():
     return torchvision.models.ResNet(
         torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10
@@ -165,6 +190,7 @@ NETWORKS = {
         ),
         (4, 33, 37),
     ),
+    "gated": (Gated, (3, 9, 7)),
     "resnet": (resnet, (3, 32, 32)),
     "mobilenet": (
         lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.35),
@@ -201,6 +227,21 @@ def test_threads_write_to_cache_lines_of_their_own():
     assert all(shares)
 
 
+@pytest.mark.parametrize(
+    "function", [torch.sigmoid, functional.hardsigmoid, functional.silu, functional.hardswish]
+)
+def test_smooth_activations_far_out(function):
+    class Only(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    model = Only().eval()
+    batch = torch.cat([torch.linspace(-100, 100, 1000), torch.tensor([math.inf, math.nan, -0.0])])
+    batch = batch.repeat(2, 1)
+    for run in each_plan(untimed(model, batch), len(batch)):
+        torch.testing.assert_close(run(batch), model(batch), rtol=1e-6, atol=1e-35, equal_nan=True)
+
+
 def test_all_weights_zero():
     model = prune(resnet(), 0.0)
     assert difference(model, torch.randn(3, 3, 32, 32)) < 1e-5
@@ -232,9 +273,8 @@ def test_nan_and_infinity_stay_in_their_sample():
     compiled = untimed(model, batch)
     expected = model(batch)
     assert expected[3].isnan().any() and not expected[4].isnan().any()
-    for plan, together in product(compiled._plans.values(), (False, True)):
-        out = compiled._run(batch, compiled._prepared(len(batch), plan, together))
-        torch.testing.assert_close(out, expected, equal_nan=True)
+    for run in each_plan(compiled, len(batch)):
+        torch.testing.assert_close(run(batch), expected, equal_nan=True)
 
 
 def test_each_layer_takes_the_way_whose_steps_were_fastest(monkeypatch):
@@ -335,7 +375,12 @@ class Branches(nn.Module):
 
 class Gates(nn.Module):
     def forward(self, x):
-        return x * torch.sigmoid(x)
+        return x * torch.tanh(x)
+
+
+class Rows(nn.Module):
+    def forward(self, x):
+        return x * functional.max_pool2d(x, (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +388,8 @@ class Gates(nn.Module):
     [
         (nn.Sequential(nn.Conv2d(2, 2, 1), nn.Softmax(1)), (2, 4, 4), "'_0_1' is a Softmax"),
         (Branches(), (3,), "traceable by torch.fx"),
-        (Gates(), (3,), "'sigmoid' is a call of sigmoid"),
+        (Gates(), (3,), "'tanh' is a call of tanh"),
+        (Rows(), (2, 4, 4), "shapes, (2, 4, 4) and (2, 4, 1)"),
         (
             nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
             (2, 4, 4),
@@ -448,7 +494,7 @@ import torch, test_runtime as t
 from pruneflow.deploy.runtime.plans import Choice
 torch.manual_seed(0)
 ways = Choice(1, 100), Choice(2, 0, padded=True), Choice(0)
-cases = [*product(("residual", "dense"), ways), ("resnet", Choice(matrix=True))]
+cases = [*product(("residual", "dense", "gated"), ways), ("resnet", Choice(matrix=True))]
 for name, choice in cases:
     make, shape = t.NETWORKS[name]
     batch = torch.randn(9, *shape)

@@ -22,6 +22,7 @@ from pruneflow.deploy.runtime.layers import (
     Shape,
     Weight,
     Window,
+    adaptive_windows,
     fuse,
 )
 
@@ -30,6 +31,14 @@ _CLAMPS = {  # those without further arguments: the lowest and the highest value
     **dict.fromkeys((torch.relu, torch.relu_, functional.relu, "relu", "relu_"), (0.0, INFINITY)),
     functional.relu6: (0.0, 6.0),
 }
+_FUNCTIONS = {
+    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, functional.sigmoid, "sigmoid"), "sigmoid"),
+    **dict.fromkeys((nn.Hardsigmoid, functional.hardsigmoid), "hardsigmoid"),
+    **dict.fromkeys((nn.SiLU, functional.silu), "silu"),
+    **dict.fromkeys((nn.Hardswish, functional.hardswish), "hardswish"),
+}
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 _POOLS: dict[Any, tuple[Any, str]] = {
     functional.max_pool2d: (nn.MaxPool2d, "stride padding dilation ceil_mode return_indices"),
     functional.avg_pool2d: (
@@ -177,12 +186,8 @@ class _Capture:
             self.weighted(node, value, reads, module.weight.detach()[:, :, None], module.bias)
         elif kind in (nn.BatchNorm1d, nn.BatchNorm2d):
             self.norm(node, module, value)
-        elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh):
-            low = float(getattr(module, "min_val", 0.0))
-            high = float(getattr(module, "max_val", INFINITY))
-            self.emit(node, "add", value, low=low, high=high)
-            if module.inplace:
-                self.overwrites(node, value)
+        elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or kind in _FUNCTIONS:
+            self.activation(node, module, value)
         elif kind is nn.Flatten:
             if [module.start_dim, module.end_dim] != [1, -1]:
                 self.refuse(node, "a Flatten of other than all but the first dimension")
@@ -190,24 +195,28 @@ class _Capture:
         elif not self.pools(node, module, value):
             self.refuse(node, f"a {kind.__name__}")
 
+    def activation(self, node: fx.Node, module: Any, value: int) -> None:
+        if type(module) in _FUNCTIONS:
+            self.emit(node, "activate", value, function=_FUNCTIONS[type(module)])
+        else:
+            low = float(getattr(module, "min_val", 0.0))
+            high = float(getattr(module, "max_val", INFINITY))
+            self.emit(node, "add", value, low=low, high=high)
+        if getattr(module, "inplace", False):
+            self.overwrites(node, value)
+
     def function(self, node: fx.Node) -> None:
         target, keywords = node.target, dict(node.kwargs)
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         inplace = bool(keywords.pop("inplace", False)) or name.endswith("_")
+        inplace = inplace or target in (operator.iadd, operator.imul)
         arguments = node.args[1:]
         if target == "size" and (arguments, keywords) == ((0,), {}):
             self.batch_sizes.add(node)
             return
         value = -1 if target is torch.cat else self.operand(node)
-        if target in _CLAMPS and not arguments and not keywords:
-            low, high = _CLAMPS[target]
-            self.emit(node, "add", value, low=low, high=high)
-        elif target in (operator.add, operator.iadd, torch.add, "add", "add_") and not keywords:
-            other = self.operand(node, 1)
-            if self.shapes[value] != self.shapes[other]:
-                self.refuse(node, "an addition of tensors of different shapes")
-            self.emit(node, "add", value, other)
-            inplace = inplace or target is operator.iadd
+        if not keywords and self.elementwise(node, value):
+            pass
         elif self.flattens(node):
             self.flatten(node, value)
         elif target in _POOLS:
@@ -220,14 +229,37 @@ class _Capture:
             self.concatenate(node)
         elif target is torch.index_select and not keywords:
             self.choose(node, value)
-        elif target == "contiguous" or (
-            target is functional.dropout and keywords.get("training", True) is False
+        elif (
+            target == "contiguous"
+            or (target is functional.dropout and keywords.get("training", True) is False)
+            or (name == "stochastic_depth" and arguments[-1] is False)  # torchvision's
         ):
             self.values[node] = value
         else:
             self.refuse(node, f"a call of {name} with {arguments} and {keywords}")
         if inplace:
             self.overwrites(node, value)
+
+    def elementwise(self, node: fx.Node, value: int) -> bool:
+        if node.target in _CLAMPS and len(node.args) == 1:
+            low, high = _CLAMPS[node.target]
+            self.emit(node, "add", value, low=low, high=high)
+        elif node.target in _FUNCTIONS and len(node.args) == 1:
+            self.emit(node, "activate", value, function=_FUNCTIONS[node.target])
+        elif node.target in (*_SUMS, *_PRODUCTS):
+            self.combine(node, value, self.operand(node, 1))
+        else:
+            return False
+        return True
+
+    def combine(self, node: fx.Node, one: int, other: int) -> None:
+        """A sum or a product, or a product with a factor for each channel."""
+        larger, smaller = sorted((one, other), key=lambda value: -prod(self.shapes[value]))
+        shape, factor = self.shapes[larger], self.shapes[smaller]
+        kind = "add" if node.target in _SUMS else "multiply"
+        if factor != shape and (kind == "add" or factor != (shape[0], 1, 1)):
+            self.refuse(node, f"of tensors of different shapes, {shape} and {factor}")
+        self.emit(node, kind, larger, smaller)
 
     def flattens(self, node: fx.Node) -> bool:
         """Whether the result is (batch, features) for a batch of any size."""
@@ -355,17 +387,6 @@ class _Capture:
         self.emit(node, "pool", value, table=reads.table, mean=(1 / divisor).astype(np.float32))
 
     def adaptive(self, node: fx.Node, value: int) -> None:
-        """Windows from floor(i * size / output) to ceil((i + 1) * size / output)."""
-        size, output = self.shapes[value][1:], (*self.shape(node), 1, 1)[1:3]
-        rows, columns = (
-            [
-                range(i * size[axis] // output[axis], -(-(i + 1) * size[axis] // output[axis]))
-                for i in range(output[axis])
-            ]
-            for axis in (0, 1)
-        )
-        pixels = [[r * size[1] + c for r in rs for c in cs] for rs in rows for cs in columns]
-        taps = max(map(len, pixels))
-        table = np.array([each + [-1] * (taps - len(each)) for each in pixels], np.int32).T
-        mean = np.array([1 / len(each) for each in pixels], np.float32)
-        self.emit(node, "pool", value, table=np.ascontiguousarray(table), mean=mean)
+        output = _pair((*self.shape(node), 1, 1)[1:3])
+        table, mean = adaptive_windows(self.shapes[value][1:], output)
+        self.emit(node, "pool", value, table=table, mean=mean)

@@ -132,14 +132,36 @@ class Window:
         return inner, filled.table[:, 0]
 
 
+def adaptive_windows(size: Pair, output: Pair) -> tuple[Integers, Floats]:
+    """Windows from floor(i * size / output) to ceil((i + 1) * size / output).
+
+    Returns:
+        A table as that of a `Window`, and a factor that makes the mean for each pixel.
+    """
+    rows, columns = (
+        [
+            range(i * size[axis] // output[axis], -(-(i + 1) * size[axis] // output[axis]))
+            for i in range(output[axis])
+        ]
+        for axis in (0, 1)
+    )
+    pixels = [[r * size[1] + c for r in rs for c in cs] for rs in rows for cs in columns]
+    taps = max(map(len, pixels))
+    table = np.array([each + [-1] * (taps - len(each)) for each in pixels], np.int32).T
+    mean = np.array([1 / len(each) for each in pixels], np.float32)
+    return np.ascontiguousarray(table), mean
+
+
 @dataclass(frozen=True)
 class Layer:
     """One operation on values of the network, which are numbered.
 
     Args:
-        kind: `"convolution"`, `"scale"`, `"pool"`, `"add"`, `"flatten"` or `"concatenate"`.
+        kind: `"convolution"`, `"scale"`, `"pool"`, `"add"`, `"multiply"`, `"activate"`, `"flatten"`
+            or `"concatenate"`.
         name: Of the operation in the traced model, for messages.
-        inputs: Values it reads: of an `add` one or two, of a `concatenate` any number.
+        inputs: Values it reads: of an `add` one or two, of a `multiply` two, the second perhaps of
+            one pixel, of a `concatenate` any number.
         output: The value it writes.
         window: Of a convolution or `scale`: what its taps read.
         table: Of a `pool`, as that of a `Window`.
@@ -147,6 +169,7 @@ class Layer:
         bias: `(outputs,)`.
         groups: Of the convolution.
         mean: Of a `pool`, one factor per pixel of the output; None takes the maximum.
+        function: Of an `activate`: `"sigmoid"`, `"hardsigmoid"`, `"silu"` or `"hardswish"`.
         residual: A value that is added to the convolution before the clamp.
         low: The result is clamped from below; 0 is ReLU.
         high: The result is clamped from above; 6, with `low` 0, is ReLU6.
@@ -162,6 +185,7 @@ class Layer:
     bias: Floats | None = None
     groups: int = 1
     mean: Floats | None = None
+    function: str | None = None
     residual: int | None = None
     low: float = -INFINITY
     high: float = INFINITY

@@ -18,6 +18,7 @@ from pruneflow.deploy.runtime.layers import Integers, Layer, Network
 from pruneflow.deploy.runtime.packing import order_in_shares, pack, pack_matrix
 from pruneflow.deploy.runtime.plans import (
     ARRAYS,
+    FUNCTIONS,
     KINDS,
     MOST_POSITIONS,
     MOST_ROWS,
@@ -160,11 +161,8 @@ class _Lowering:
             if not self.layout.lanes:
                 settings["base"] = _bases(table, self.vector(layer), self.machine.lanes)
             self.step("pool", made, **settings, table=table, taps=len(table), scale=mean)
-        elif layer.kind == "add":
-            if len(layer.inputs) == 2:
-                settings["extra"] = self.places[layer.inputs[1]]
-            settings["channels"] *= self.layout.blocks
-            self.step("add", made, **settings)
+        elif layer.kind in ("add", "multiply", "activate"):
+            self.step(layer.kind, made, **(settings | self.elementwise(layer)))
         elif layer.kind == "flatten":
             settings["channels"] = self.network.shapes[source][0]
             settings["pixels"] = self.pixels[source]
@@ -175,6 +173,17 @@ class _Lowering:
                 self.step("flatten", made, **settings)
         else:
             self.concatenate(layer, settings)
+
+    def elementwise(self, layer: Layer) -> dict[str, Any]:
+        channels = self.network.shapes[layer.output][0] * self.layout.blocks
+        settings: dict[str, Any] = {"channels": channels}
+        if layer.function is not None:
+            settings["function"] = FUNCTIONS[layer.function]
+        for other in layer.inputs[1:]:
+            settings["extra"] = self.places[other]
+            if self.pixels[other] < self.pixels[layer.output]:  # a factor for each channel
+                settings["extra_stride"] = self.strides[other]
+        return settings
 
     def concatenate(self, layer: Layer, settings: dict[str, Any]) -> None:
         at = self.places[layer.output]
@@ -249,7 +258,8 @@ class _Lowering:
     def positions(self, layer: Layer) -> int:
         """How many there are, if so few that vectors had better hold something else; or 0."""
         count = self.pixels[layer.output] * self.layout.samples
-        return count if count <= MOST_POSITIONS and not self.layout.lanes else 0
+        most = min(MOST_POSITIONS, self.machine.lanes)  # they are read as one vector
+        return count if count <= most and not self.layout.lanes else 0
 
     def to_lanes(self, layer: Layer, survivors: _Survivors, choice: Choice) -> _Lowered:
         """Tiles are pixels whose kernels overlap the padding alike, of some vectors of samples."""

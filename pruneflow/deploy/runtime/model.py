@@ -39,9 +39,10 @@ def sparse_compile(
     Weights whose taps only ever read padding are left out too; shrinking first (`shrink`) adds to
     that only where whole channels or branches died.
 
-    It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, additions, max, average and adaptive
-    average pooling, concatenation, flattening and dropout, as modules or functions. The result
-    takes any batch size, and pictures of the size of the example; compile once for each size.
+    It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, Sigmoid, Hardsigmoid, SiLU,
+    Hardswish, additions, products (squeeze-and-excitation), max, average and adaptive average
+    pooling, concatenation, flattening and dropout, as modules or functions. The result takes any
+    batch size, and pictures of the size of the example; compile once for each size.
 
     Args:
         model: A float32 model on the CPU; it is left as it is and used in evaluation mode.

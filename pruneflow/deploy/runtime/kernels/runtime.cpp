@@ -1,5 +1,6 @@
 // Runs a plan made by pruneflow/deploy/runtime/lowering.py; see runtime.h for layouts and terms.
 #include "convolution.h"
+#include "elementwise.h"
 #include "matrix.h"
 #include "threads.h"
 #include <chrono>
@@ -70,18 +71,6 @@ template <bool Mean> void pool(const Step &s, float *arena, Part channels) {
         pool_pixels<Mean, Vector8>(s, arena, channels);
     else
         pool_pixels<Mean, Vector4>(s, arena, channels);
-}
-
-// Elementwise, whatever the layout: values end with whole vectors.
-void add(const Step &s, float *arena, int thread, int threads) {
-    const Vector low = broadcast(s.low), high = broadcast(s.high);
-    const Part vectors = share((s.channels * s.out_stride + LANES - 1) / LANES, thread, threads);
-    for (int64_t i = vectors.begin * LANES; i < vectors.end * LANES; i += LANES) {
-        Vector value = load<Unaligned>(arena + s.in + i);
-        if (s.extra >= 0)
-            value += load<Unaligned>(arena + s.extra + i);
-        store<Unaligned>(arena + s.out + i, clamp(value, low, high));
-    }
 }
 
 void flatten(const Step &s, float *arena, Part channels) {
@@ -170,6 +159,12 @@ void run_steps(const Run &run, float *arena, int64_t piece, Barrier &team, int t
             break;
         case ADD:
             add(s, arena, thread, team.threads);
+            break;
+        case ACTIVATE:
+            activate(s, arena, thread, team.threads);
+            break;
+        case MULTIPLY:
+            multiply(s, arena, channels);
             break;
         case FLATTEN:
             flatten(s, arena, channels);

@@ -23,7 +23,8 @@
 #endif
 #define MOST_ROWS 8
 
-enum Kind : int64_t { LOAD, STORE, CONVOLUTION, POOL, ADD, FLATTEN, MATRIX };
+enum Kind : int64_t { LOAD, STORE, CONVOLUTION, POOL, ADD, FLATTEN, MATRIX, ACTIVATE, MULTIPLY };
+enum Function : int64_t { SIGMOID, HARDSIGMOID, SILU, HARDSWISH };
 
 // Vectors of the output that are computed together: rows of columns that lie side by side. They
 // share the list of the weights that do not fall on the padding.
@@ -38,8 +39,10 @@ struct Step {
     int64_t samples;               // of the plan
     int64_t in, extra, out;        // extra: a second input that is added; negative: none
     int64_t in_stride, out_stride; // from channel to channel
-    int64_t channels, pixels;      // of the output; LOAD, STORE, FLATTEN: of the input; POOL, ADD:
-                                   // those of all samples in the layout `lanes`
+    int64_t channels, pixels;      // of the output; LOAD, STORE, FLATTEN: of the input; POOL, ADD,
+                                   // ACTIVATE, MULTIPLY: channels of all samples in `lanes`
+    int64_t function;              // ACTIVATE
+    int64_t extra_stride;          // MULTIPLY by one pixel for each channel: of `extra`; or 0
     // CONVOLUTION: entries are an index and one weight for each output channel of a group.
     int64_t group, groups, blocks; // channels in a group; groups; ranges of the input held in L1
     int64_t positions;             // not 0: vectors hold output channels, of so many positions
