@@ -141,6 +141,20 @@ class Dense(nn.Module):
         return self.linear(functional.adaptive_avg_pool2d(x, 4).view(x.size(0), -1))
 
 
+class Depthwise(nn.Module):
+    """Convolutions of each channel alone, and of few, with what is fused into them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.second = nn.Conv2d(6, 6, (2, 5), (2, 3), (1, 2), groups=6, bias=False)
+        self.third = nn.Conv2d(6, 3, 1, groups=3)
+
+    def forward(self, x):
+        x = functional.relu6(self.first(x) + x)
+        return functional.adaptive_avg_pool2d(self.third(self.second(x)), 1)
+
+
 class Gated(nn.Module):
     """Squeeze-and-excitation, products and the smooth activations, also in place."""
 
@@ -190,6 +204,7 @@ NETWORKS = {
         ),
         (4, 33, 37),
     ),
+    "depthwise": (Depthwise, (6, 9, 23)),
     "gated": (Gated, (3, 9, 7)),
     "resnet": (resnet, (3, 32, 32)),
     "mobilenet": (
@@ -494,7 +509,8 @@ import torch, test_runtime as t
 from pruneflow.deploy.runtime.plans import Choice
 torch.manual_seed(0)
 ways = Choice(1, 100), Choice(2, 0, padded=True), Choice(0)
-cases = [*product(("residual", "dense", "gated"), ways), ("resnet", Choice(matrix=True))]
+small = "residual", "dense", "depthwise", "gated"
+cases = [*product(small, ways), ("resnet", Choice(matrix=True))]
 for name, choice in cases:
     make, shape = t.NETWORKS[name]
     batch = torch.randn(9, *shape)

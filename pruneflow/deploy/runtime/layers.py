@@ -196,6 +196,11 @@ class Layer:
         return self.inputs if self.residual is None else (*self.inputs, self.residual)
 
     @property
+    def depthwise(self) -> bool:
+        """Whether it is a convolution of each channel alone."""
+        return self.weight is not None and self.weight.shape[:2] == (self.groups, 1)
+
+    @property
     def clamped(self) -> bool:
         """Whether an activation has been fused into it."""
         return self.low != -INFINITY or self.high != INFINITY

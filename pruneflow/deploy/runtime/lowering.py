@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pruneflow.deploy.runtime.layers import Integers, Layer, Network
-from pruneflow.deploy.runtime.packing import order_in_shares, pack, pack_matrix
+from pruneflow.deploy.runtime.packing import Survivors, order_in_shares, pack, pack_matrix
 from pruneflow.deploy.runtime.plans import (
     ARRAYS,
     FUNCTIONS,
@@ -29,7 +29,14 @@ from pruneflow.deploy.runtime.plans import (
     Machine,
     Plan,
 )
-from pruneflow.deploy.runtime.tiles import best_shape, cut, cut_rectangle, runs
+from pruneflow.deploy.runtime.tiles import (
+    bases,
+    best_shape,
+    cut,
+    cut_rectangle,
+    identity,
+    runs,
+)
 
 
 def lower(
@@ -145,22 +152,14 @@ class _Lowering:
         if layer.kind == "convolution":
             if layer.residual is not None:
                 settings["extra"] = self.places[layer.residual]
-            matrix = choice.matrix and self.positions(layer)
-            own = self.matrix(layer) if matrix else self.convolution(layer, choice)
-            self.step("matrix" if matrix else "convolution", made, **settings, **own)
+            if layer.depthwise and not self.layout.lanes:
+                self.step("depthwise", made, **settings, **self.depthwise(layer))
+            elif choice.matrix and self.positions(layer):
+                self.step("matrix", made, **settings, **self.matrix(layer))
+            else:
+                self.step("convolution", made, **settings, **self.convolution(layer, choice))
         elif layer.kind == "pool":
-            assert layer.table is not None
-            table = self.layout.table(layer.table, self.pixels[source])
-            mean = layer.mean
-            if mean is not None and not self.layout.lanes:
-                mean = np.tile(mean, self.layout.samples)
-                mean = np.pad(
-                    mean, (0, self.strides[layer.output] + self.machine.lanes - len(mean))
-                )
-            settings["channels"] *= self.layout.blocks
-            if not self.layout.lanes:
-                settings["base"] = _bases(table, self.vector(layer), self.machine.lanes)
-            self.step("pool", made, **settings, table=table, taps=len(table), scale=mean)
+            self.step("pool", made, **(settings | self.pool(layer)))
         elif layer.kind in ("add", "multiply", "activate"):
             self.step(layer.kind, made, **(settings | self.elementwise(layer)))
         elif layer.kind == "flatten":
@@ -173,6 +172,34 @@ class _Lowering:
                 self.step("flatten", made, **settings)
         else:
             self.concatenate(layer, settings)
+
+    def taps(self, layer: Layer, table: Integers) -> dict[str, Any]:
+        """What a step that goes over the taps of each channel alone is told of them."""
+        table = self.layout.table(table, self.pixels[layer.inputs[0]])
+        settings: dict[str, Any] = {"table": table, "taps": len(table)}
+        if not self.layout.lanes:
+            settings["base"] = bases(table, self.vector(layer), self.machine.lanes)
+        return settings
+
+    def pool(self, layer: Layer) -> dict[str, Any]:
+        assert layer.table is not None
+        mean, pixels = layer.mean, self.pixels[layer.inputs[0]]
+        if mean is not None and not self.layout.lanes:
+            mean = np.tile(mean, self.layout.samples)
+            mean = np.pad(mean, (0, self.strides[layer.output] + self.machine.lanes - len(mean)))
+        return self.taps(layer, layer.table) | {
+            "channels": self.network.shapes[layer.output][0] * self.layout.blocks,
+            "whole": int(mean is not None and np.array_equal(layer.table, np.c_[:pixels])),
+            "scale": mean,
+        }
+
+    def depthwise(self, layer: Layer) -> dict[str, Any]:
+        assert layer.weight is not None and layer.window is not None and layer.bias is not None
+        output, _, tap = layer.weight.places
+        weight = np.zeros((layer.weight.shape[2], len(layer.bias)), np.float32)
+        weight[tap, output] = layer.weight.value
+        settings = self.taps(layer, layer.window.table)
+        return settings | {"entries": weight.view(np.int32), "bias": layer.bias}
 
     def elementwise(self, layer: Layer) -> dict[str, Any]:
         channels = self.network.shapes[layer.output][0] * self.layout.blocks
@@ -201,7 +228,7 @@ class _Lowering:
         if choice.group == self.machine.lanes:
             choice = replace(choice, group=choice.group if positions else 1, reach=0)
         group, groups = choice.group, -(-len(layer.bias) // choice.group)
-        survivors = _Survivors(layer)
+        survivors = Survivors(layer)
         lower_to = self.to_lanes if self.layout.lanes else self.to_pixels
         lists, reach, limit, settings = lower_to(layer, survivors, choice)
         blocks = max(1, -(-reach // choice.reach)) if choice.reach else 1
@@ -228,7 +255,7 @@ class _Lowering:
 
     def matrix(self, layer: Layer) -> dict[str, Any]:
         assert layer.bias is not None and layer.window is not None
-        survivors, (source,) = _Survivors(layer), layer.inputs
+        survivors, (source,) = Survivors(layer), layer.inputs
         positions, width = self.positions(layer), self.machine.lanes
         table = self.layout.table(layer.window.table, self.pixels[source])[:, :positions]
         reads = table[survivors.tap]
@@ -261,7 +288,7 @@ class _Lowering:
         most = min(MOST_POSITIONS, self.machine.lanes)  # they are read as one vector
         return count if count <= most and not self.layout.lanes else 0
 
-    def to_lanes(self, layer: Layer, survivors: _Survivors, choice: Choice) -> _Lowered:
+    def to_lanes(self, layer: Layer, survivors: Survivors, choice: Choice) -> _Lowered:
         """Tiles are pixels whose kernels overlap the padding alike, of some vectors of samples."""
         assert layer.window is not None
         width, (source,) = self.machine.lanes, layer.inputs
@@ -304,14 +331,14 @@ class _Lowering:
         settings["tiles_per_panel"] = len(tiles) // len(turns)
         return lists, reach, channels * pixels, settings
 
-    def to_pixels(self, layer: Layer, survivors: _Survivors, choice: Choice) -> _Lowered:
+    def to_pixels(self, layer: Layer, survivors: Survivors, choice: Choice) -> _Lowered:
         """Tiles are vectors of neighbouring pixels; what their kernels read becomes a panel."""
         assert layer.window is not None
         width, (source,) = self.vector(layer), layer.inputs
         reads, strides = layer.window, (self.strides[source], self.strides[layer.output])
         table = self.layout.table(reads.table, self.pixels[source])
         used = table[np.unique(survivors.tap), : reads.table.shape[1] * self.layout.samples]
-        direct = strides[0] == strides[1] and _identity(used)
+        direct = strides[0] == strides[1] and identity(used)
         if direct:
             index, rows = survivors.channel, self.network.shapes[source][0]
             settings: dict[str, Any] = {"unit": strides[0]}
@@ -328,7 +355,7 @@ class _Lowering:
                 "row_source": (pairs % channels * strides[0]).astype(np.int32),
                 "tap_row": np.searchsorted(pairs, np.arange(taps + 1) * channels).astype(np.int32),
                 "table": table,
-                "base": _bases(table, width, self.machine.lanes),
+                "base": bases(table, width, self.machine.lanes),
             }
         tiles, start, vectors = [], 0, strides[1] // width
         threads, most = self.machine.threads, max(1, self.machine.sums(choice.group))
@@ -364,33 +391,3 @@ class _Lowering:
                     row[name] = value
         panel = -(-self.panel_floats // self.machine.lanes) * self.machine.lanes
         return Plan(steps, self.layout.samples, self.floats, panel, self.made, kept)
-
-
-class _Survivors:
-    """Weights that are not zero and whose tap is ever on a pixel of the input."""
-
-    def __init__(self, layer: Layer) -> None:
-        assert layer.weight is not None and layer.window is not None
-        output, channel, tap = layer.weight.places
-        reached: npt.NDArray[Any] = np.any(layer.window.table >= 0, axis=1)[tap]
-        outputs, inputs = layer.weight.shape[0] // layer.groups, layer.weight.shape[1]
-        self.output, self.tap = output[reached], tap[reached]
-        self.channel = channel[reached] + self.output // outputs * inputs
-        self.weight = layer.weight.value[reached]
-
-    def where(self, index: npt.NDArray[Any], chosen: npt.NDArray[Any]) -> tuple[Any, ...]:
-        return self.output[chosen], index[chosen], self.weight[chosen]
-
-
-def _identity(table: Integers) -> bool:
-    """Whether each position reads just its own pixel, hence needs no panel."""
-    return len(table) <= 1 and bool(np.all(table == np.arange(table.shape[1])))
-
-
-def _bases(table: Integers, vector: int, lanes: int) -> Integers:
-    """For each tap and vector of positions, the least pixel; -1 if the others lie far from it."""
-    vectors = table.reshape(len(table), -1, vector)
-    last = vectors.max(2)
-    first = np.where(vectors < 0, np.iinfo(np.int32).max, vectors).min(2)
-    first = np.minimum(first, last)  # -1 where all is padding
-    return np.where(last - first < 4 * lanes, first, -1).astype(np.int32)

@@ -8,7 +8,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pruneflow.deploy.runtime.layers import Integers
+from pruneflow.deploy.runtime.layers import Integers, Layer
+
+
+class Survivors:
+    """Weights that are not zero and whose tap is ever on a pixel of the input."""
+
+    def __init__(self, layer: Layer) -> None:
+        assert layer.weight is not None and layer.window is not None
+        output, channel, tap = layer.weight.places
+        reached: npt.NDArray[Any] = np.any(layer.window.table >= 0, axis=1)[tap]
+        outputs, inputs = layer.weight.shape[0] // layer.groups, layer.weight.shape[1]
+        self.output, self.tap = output[reached], tap[reached]
+        self.channel = channel[reached] + self.output // outputs * inputs
+        self.weight = layer.weight.value[reached]
+
+    def where(self, index: npt.NDArray[Any], chosen: npt.NDArray[Any]) -> tuple[Any, ...]:
+        """Output, index and value of those that are chosen."""
+        return self.output[chosen], index[chosen], self.weight[chosen]
 
 
 def pack(

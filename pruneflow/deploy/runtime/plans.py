@@ -16,12 +16,22 @@ MOST_POSITIONS = 8  # of layers whose vectors hold output channels, or rows of a
 SIZES = (8, 6, 4, 3, 2, 1)  # rows and columns of tiles that there are kernels for
 KINDS = {
     **{"load": 0, "store": 1, "convolution": 2, "pool": 3, "add": 4, "flatten": 5},
-    **{"matrix": 6, "activate": 7, "multiply": 8},
+    **{"matrix": 6, "activate": 7, "multiply": 8, "depthwise": 9},
 }
 FUNCTIONS = {"sigmoid": 0, "hardsigmoid": 1, "silu": 2, "hardswish": 3}
 _NUMBERS = (
     *("kind", "lanes", "samples", "in", "extra", "out", "in_stride", "out_stride"),
-    *("channels", "pixels", "function", "extra_stride", "group", "groups", "blocks", "positions"),
+    *(
+        "channels",
+        "pixels",
+        "function",
+        "whole",
+        "extra_stride",
+        "group",
+        "groups",
+        "blocks",
+        "positions",
+    ),
     *("unit", "column_step"),
     *("rows", "panel_pixels", "panel_lanes", "by_tile", "tiles", "tiles_per_panel", "taps"),
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pruneflow.deploy.runtime.layers import Integers
 from pruneflow.deploy.runtime.plans import SIZES
 
 
@@ -49,6 +50,20 @@ def cut(count: int, most: int) -> list[int]:
             parts += [size] * (count // size)
             count %= size
     return parts
+
+
+def identity(table: Integers) -> bool:
+    """Whether each position reads just its own pixel, hence needs no panel."""
+    return len(table) <= 1 and bool(np.all(table == np.arange(table.shape[1])))
+
+
+def bases(table: Integers, vector: int, lanes: int) -> Integers:
+    """For each tap and vector of positions, the least pixel; -1 if the others lie far from it."""
+    vectors = table.reshape(len(table), -1, vector)
+    last = vectors.max(2)
+    first = np.where(vectors < 0, np.iinfo(np.int32).max, vectors).min(2)
+    first = np.minimum(first, last)  # -1 where all is padding
+    return np.where(last - first < 4 * lanes, first, -1).astype(np.int32)
 
 
 def _cycles(rows: int, columns: int, shape: tuple[int, int]) -> float:

@@ -64,6 +64,8 @@ def choose(
 
 def _options(layer: Layer, machine: Machine, samples: int, *, lanes: bool) -> list[Choice]:
     assert layer.weight is not None and layer.window is not None
+    if layer.depthwise and not lanes:
+        return [Choice()]
     options = [Choice(reach=_REACH), Choice()]
     if lanes and (layer.window.table < 0).any():
         options += [Choice(reach=_REACH, padded=True), Choice(padded=True)]

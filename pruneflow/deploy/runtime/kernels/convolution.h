@@ -100,7 +100,7 @@ void outputs(const Step &s, const Tile &t, const float *in, float *arena, int64_
         Vector sum[U][P] = {};
         const auto add = [&](const int32_t *entry, int u) __attribute__((always_inline)) {
             const float *x = in + t.in[0] + entry[0] * unit;
-            const Vector weight = *reinterpret_cast<const Unaligned *>(entry + 1);
+            const Vector weight = load_unaligned(entry + 1);
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p)
                 sum[u][p] += weight * x[p];
@@ -114,7 +114,7 @@ void outputs(const Step &s, const Tile &t, const float *in, float *arena, int64_
         const int64_t channel = s.order[o] * LANES;
         const int present = int(std::min<int64_t>(LANES, s.channels - channel));
         for (int p = 0; p < P; ++p) {
-            Vector value = *reinterpret_cast<const Unaligned *>(s.bias + channel);
+            Vector value = load_unaligned(s.bias + channel);
             for (int u = 0; u < U; ++u)
                 value += sum[u][p];
             int64_t at = channel * s.out_stride + t.out[0] + p;

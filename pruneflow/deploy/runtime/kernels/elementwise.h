@@ -56,10 +56,10 @@ void add(const Step &s, float *arena, int thread, int threads) {
     const Vector low = broadcast(s.low), high = broadcast(s.high);
     const Part vectors = own_vectors(s, thread, threads);
     for (int64_t i = vectors.begin * LANES; i < vectors.end * LANES; i += LANES) {
-        Vector value = load<Unaligned>(arena + s.in + i);
+        Vector value = load_unaligned(arena + s.in + i);
         if (s.extra >= 0)
-            value += load<Unaligned>(arena + s.extra + i);
-        store<Unaligned>(arena + s.out + i, clamp(value, low, high));
+            value += load_unaligned(arena + s.extra + i);
+        store_unaligned(arena + s.out + i, clamp(value, low, high));
     }
 }
 

@@ -12,7 +12,7 @@ void matrix(const Step &s, float *arena, int thread, int threads) {
     for (int64_t group = begin; group < end; ++group) {
         const int32_t *entry = s.entries + s.pointer[group];
         const int32_t *const stop = s.entries + s.pointer[group + 1];
-        Vector sum = *reinterpret_cast<const Unaligned *>(s.bias + group * LANES);
+        Vector sum = load_unaligned(s.bias + group * LANES);
         while (entry < stop) {
             const int32_t rows = *entry++;
             const Vector weight = load_some(reinterpret_cast<const float *>(entry + rows), rows);

@@ -2,76 +2,11 @@
 #include "convolution.h"
 #include "elementwise.h"
 #include "matrix.h"
+#include "taps.h"
 #include "threads.h"
 #include <chrono>
-#include <limits>
 
 namespace {
-
-constexpr float INFINITE = std::numeric_limits<float>::infinity();
-
-template <bool Mean, typename V> V pool_add(V sum, V value) {
-    if (Mean)
-        return sum + value;
-    return (value > sum) | (value != value) ? value : sum;
-}
-
-template <bool Mean> void pool_lanes(const Step &s, float *arena, Part channels) {
-    for (int64_t c = channels.begin; c < channels.end; ++c) {
-        const float *from = arena + s.in + c * s.in_stride;
-        float *to = arena + s.out + c * s.out_stride;
-        for (int64_t pixel = 0; pixel < s.pixels; ++pixel) {
-            Vector sum = broadcast(Mean ? 0 : -INFINITE);
-            for (int64_t tap = 0; tap < s.taps; ++tap) {
-                const int32_t at = s.table[tap * s.pixels + pixel];
-                if (at >= 0)
-                    sum = pool_add<Mean>(sum, load(from + at * LANES));
-            }
-            store(to + pixel * LANES, Mean ? sum * s.scale[pixel] : sum);
-        }
-    }
-}
-
-template <bool Mean, typename V> void pool_pixels(const Step &s, float *arena, Part channels) {
-    constexpr int64_t lanes = sizeof(V) / 4;
-    const V nothing = broadcast<V>(Mean ? 0 : -INFINITE);
-    // As many channels at a time as stay in the cache while they are read for each tap.
-    const int64_t most = std::max<int64_t>(1, 4096 / s.in_stride);
-    for (int64_t begin = channels.begin; begin < channels.end; begin += most) {
-        const int64_t end = std::min(begin + most, channels.end);
-        for (int64_t at = 0; at < s.out_stride; at += lanes)
-            for (int64_t tap = 0; tap < s.taps; ++tap) {
-                const int64_t position = tap * s.out_stride + at;
-                with_picker<V>(s.table + position, s.base[position / lanes], [&](auto pick) {
-                    const float *from = arena + s.in + begin * s.in_stride;
-                    float *to = arena + s.out + begin * s.out_stride + at;
-                    const int64_t in_stride = s.in_stride, out_stride = s.out_stride;
-                    const bool first = tap == 0;
-                    for (int64_t c = begin; c < end; ++c, from += in_stride, to += out_stride) {
-                        const V value = pick(from, nothing);
-                        store(to, first ? value : pool_add<Mean>(load<V>(to), value));
-                    }
-                });
-            }
-    }
-    if (Mean)
-        for (int64_t c = channels.begin; c < channels.end; ++c) {
-            float *to = arena + s.out + c * s.out_stride;
-            for (int64_t i = 0; i < s.out_stride; ++i)
-                to[i] *= s.scale[i];
-        }
-}
-
-template <bool Mean> void pool(const Step &s, float *arena, Part channels) {
-    if (s.lanes)
-        pool_lanes<Mean>(s, arena, channels);
-    else if (s.out_stride >= LANES)
-        pool_pixels<Mean, Vector>(s, arena, channels);
-    else if (s.out_stride == 8)
-        pool_pixels<Mean, Vector8>(s, arena, channels);
-    else
-        pool_pixels<Mean, Vector4>(s, arena, channels);
-}
 
 void flatten(const Step &s, float *arena, Part channels) {
     for (int64_t c = channels.begin; c < channels.end; ++c) {
@@ -153,6 +88,9 @@ void run_steps(const Run &run, float *arena, int64_t piece, Barrier &team, int t
             break;
         case MATRIX:
             matrix(s, arena, thread, team.threads);
+            break;
+        case DEPTHWISE:
+            depthwise(s, arena, channels);
             break;
         case POOL:
             s.scale ? pool<true>(s, arena, channels) : pool<false>(s, arena, channels);

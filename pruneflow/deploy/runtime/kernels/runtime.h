@@ -23,7 +23,18 @@
 #endif
 #define MOST_ROWS 8
 
-enum Kind : int64_t { LOAD, STORE, CONVOLUTION, POOL, ADD, FLATTEN, MATRIX, ACTIVATE, MULTIPLY };
+enum Kind : int64_t {
+    LOAD,
+    STORE,
+    CONVOLUTION,
+    POOL,
+    ADD,
+    FLATTEN,
+    MATRIX,
+    ACTIVATE,
+    MULTIPLY,
+    DEPTHWISE
+};
 enum Function : int64_t { SIGMOID, HARDSIGMOID, SILU, HARDSWISH };
 
 // Vectors of the output that are computed together: rows of columns that lie side by side. They
@@ -42,6 +53,7 @@ struct Step {
     int64_t channels, pixels;      // of the output; LOAD, STORE, FLATTEN: of the input; POOL, ADD,
                                    // ACTIVATE, MULTIPLY: channels of all samples in `lanes`
     int64_t function;              // ACTIVATE
+    int64_t whole;                 // POOL: whether it takes the mean of all pixels, as they lie
     int64_t extra_stride;          // MULTIPLY by one pixel for each channel: of `extra`; or 0
     // CONVOLUTION: entries are an index and one weight for each output channel of a group.
     int64_t group, groups, blocks; // channels in a group; groups; ranges of the input held in L1
@@ -66,9 +78,10 @@ struct Step {
     const int32_t *tap_row;        // [taps + 1]: the first row of each
     const int32_t *table;          // [tap][position]: where in the input's channel; -1: padding;
                                    // in the layout `lanes` [position] of a panel
-    const int32_t *base;           // [tap][vector of positions]: see Picker
+    const int32_t *base;           // [tap][vector of positions]: see with_picker
     const float *scale;            // [position]: POOL takes the mean; null: the maximum
     float low, high;               // the result is clamped; infinities: as it is
+    // DEPTHWISE: in the layout `pixels`; `entries` are weights [tap][channel].
     // MATRIX: a convolution of few positions as a sparse matrix of a row for each float of the
     // output. Rows are sorted by how many weights they have, and a group is a vector of them. Its
     // entries are, for the first weight of each row, for the second and so on, how many rows have

@@ -17,6 +17,13 @@ template <typename V = Vector> V load(const float *from) {
     return *reinterpret_cast<const V *>(from);
 }
 template <typename V> void store(float *to, V value) { *reinterpret_cast<V *>(to) = value; }
+// Templates forget how a type is aligned, so that these are none.
+inline Vector load_unaligned(const void *from) {
+    return *static_cast<const Unaligned *>(from);
+}
+inline void store_unaligned(float *to, Vector value) {
+    *reinterpret_cast<Unaligned *>(to) = value;
+}
 template <typename V = Vector> V broadcast(float value) { return value - V{}; }
 #if defined(__AVX512F__)
 // The first floats of a vector.
