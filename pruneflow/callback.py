@@ -9,13 +9,13 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.arguments import check_arguments
-from pruneflow.companions import check_disjoint, denser_choices
+from pruneflow.companions import check_averages, check_disjoint, denser_choices
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
 from pruneflow.importance import Importance, magnitude, needs_gradients
 from pruneflow.logged import Logged
-from pruneflow.masking import Masking, Reparametrize
+from pruneflow.masking import Masking
 from pruneflow.masks import MaskSet
 from pruneflow.parameters import Pattern
 from pruneflow.plan import Clock, Plan, has_rounds
@@ -221,12 +221,7 @@ class PruningCallback(L.Callback):
                 rank_zero_warn(message)
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
-        averaging = [name for name, _ in averaged_models(trainer)]
-        if averaging and isinstance(self.masking, Reparametrize):
-            raise ValueError(
-                f"`masking` Reparametrize is expected without {averaging[0]}, which averages "
-                "parameters by their order; use masking=InPlace()"
-            )
+        check_averages(trainer, self.masking)
         check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
         self._take_restored()
 

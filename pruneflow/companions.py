@@ -9,8 +9,10 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from pruneflow.masking import Masking, Reparametrize
 from pruneflow.plan import Plan
 from pruneflow.pruner import Pruner
+from pruneflow.trainers import averaged_models
 
 # Of these the largest is never from an earlier round than the others.
 _GROWING = ("epoch", "step", "round", "sparsity")
@@ -77,17 +79,47 @@ def _waits(trainer: L.Trainer, callback: EarlyStopping, plan: Plan, last: int) -
     return once_an_epoch and thresholds == (None, None) and callback.patience >= last
 
 
+def check_averages(trainer: L.Trainer, masking: Masking | None) -> None:
+    """Refuse averages of the weights beside a masking that they do not go with.
+
+    Raises:
+        ValueError: Naming the callback that averages.
+    """
+    averaging = [name for name, _ in averaged_models(trainer)]
+    if averaging and isinstance(masking, Reparametrize):
+        raise ValueError(
+            f"`masking` Reparametrize is expected without {averaging[0]}, which averages "
+            "parameters by their order; use masking=InPlace()"
+        )
+
+
 def check_disjoint(pruners: Sequence[Pruner]) -> None:
     """Refuse several that prune one tensor, or may once it is no longer frozen.
+
+    What goes along with channels is pruned as well.
 
     Raises:
         ValueError: Naming the tensors.
     """
-    for one, other in combinations(pruners, 2):
-        both = sorted({*one.names, *one.frozen} & {*other.names, *other.frozen})
+    for pair in combinations(pruners, 2):
+        one, other = ({*pruner.names, *pruner.frozen} for pruner in pair)
+        both = sorted(one & other)
+        along = {name: writers for name in both if (writers := _writers(name, pair))}
+        if along:
+            reads = [f"{name} (those of {', '.join(found)})" for name, found in along.items()]
+            raise ValueError(
+                "several PruningCallbacks are expected to prune different tensors, but one removes "
+                f"channels that are read or held by what another prunes, {'; '.join(reads)}; "
+                "`exclude` one of the two, or prune both in one callback"
+            )
         if both:
             raise ValueError(
                 "`include`/`exclude` of several PruningCallbacks are expected to select different "
-                f"tensors, but two select {', '.join(both)}, or what goes along with channels; "
-                "exclude them in one"
+                f"tensors, but two select {', '.join(both)}; exclude them in one"
             )
+
+
+def _writers(name: str, pruners: Sequence[Pruner]) -> list[str]:
+    """What those that do not select a tensor prune so that it loses entries along with that."""
+    others = [pruner for pruner in pruners if name not in (*pruner.scored, *pruner.frozen)]
+    return sorted({writer for pruner in others for writer in pruner.writers(name)})

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pruneflow.deploy import save_packed
-from pruneflow.deploy.building import Run
+from pruneflow.deploy.building import Run, drop_shrunk
 from pruneflow.deploy.forms import Form, measure_forms
 
 
@@ -28,7 +28,7 @@ def deliver(
         dense: The network before pruning.
         pruned: The network with exact zeros.
         test: Batches of images (B, C, H, W) and labels (B,), on any device.
-        folder: Where the files go.
+        folder: Where the files go; an earlier run's shrunk forms in it are deleted.
         batches: Batch sizes to time; with none of them, only `model.packed` is written.
         threads: Threads of every form; None takes PyTorch's.
 
@@ -36,6 +36,7 @@ def deliver(
         The forms, as `measure_forms` has them.
     """
     if not batches:
+        drop_shrunk(folder)
         save_packed(pruned.state_dict(), folder / "model.packed")
         return []
     tested = [(images.cpu().float(), labels.cpu()) for images, labels in test]

@@ -115,6 +115,7 @@ class Experiment:
             self.network,
             importance=self.importance,
             granularity=granularity,
+            costs=None if self.costs is None else self.costs(self.network, self._example()),
             scope=self.scope,
             include=list(self.selection.slots),
             masking=masking,

@@ -74,6 +74,11 @@ class NM:
 class Block:
     """Keep or remove blocks of a weight seen as a matrix, outputs x everything else.
 
+    Rounds remove the blocks with the lowest mean score, as few as reach the target. As with single
+    weights, nothing keeps the last one: a tensor with low scores may lose all of them to a high
+    target, and with scope `"layer"` one that is a single block goes at any target. The report names
+    what nothing is left of; `exclude` such tensors, or take smaller blocks.
+
     Args:
         rows: Rows of a block; at the edges of a matrix blocks may be smaller.
         columns: Columns of a block; None for whole rows, which are filters.

@@ -9,15 +9,17 @@ entry once. What the parts have to agree on goes through `gather`.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:  # importing it takes most of a second; who has shards has done so already
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -39,8 +41,9 @@ def reshard(model: nn.Module) -> None:
 
     The next forward pass would use it, weights from before the prune.
     """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 
@@ -107,26 +110,27 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             parameter.grad /= dist.get_world_size()
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether processes hold shards (or replicas) of the tensor that know of each other."""
-    return isinstance(tensor, DTensor)
+    sharding = sys.modules.get("torch.distributed.tensor")
+    return sharding is not None and isinstance(tensor, sharding.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, gathered from its shards if it has any."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of the tensor: its shard, or all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def place(values: Tensor, like: Tensor) -> Tensor:
     """Lay `values`, which every process has, out as `like` is: on its device, sharded if it is."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return values.to(like.device)
-    if isinstance(values, DTensor):
+    if is_sharded(values):
         return values.redistribute(like.device_mesh, like.placements)
     for dim, placement in enumerate(like.placements):
         if placement.is_shard():
@@ -140,7 +144,7 @@ def own(values: Tensor, like: Tensor) -> Tensor:
 
     Of a plain tensor that is all of it. Replicas are answered for by the first of them.
     """
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return values
     part = local(place(values, like))
     return part if _is_first_replica(like) else part[:0]
@@ -148,7 +152,7 @@ def own(values: Tensor, like: Tensor) -> Tensor:
 
 def assemble(part: Tensor, like: Tensor) -> Tensor:
     """Make one tensor, laid out as `like`, of the parts that the processes answer for."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return part
     if not _is_first_replica(like):
         part = part.new_empty(like.to_local().shape)
@@ -213,8 +217,10 @@ def _portable(error: Exception) -> Exception:
 def _refusal(tensor: Tensor, sharded: bool) -> str | None:
     if hasattr(tensor, "_fsdp_flattened"):
         return "FullyShardedDataParallel has flattened it"
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return "it is not sharded, but others are" if sharded else None
+    from torch.distributed.tensor import Shard  # noqa: PLC0415, see above
+
     placements = tensor.placements
     if tensor.device_mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
         return "its mesh does not span all processes in their order"
@@ -234,6 +240,6 @@ def _is_first_replica(tensor: DTensor) -> bool:
 
 
 def _sharded(part: Tensor, like: DTensor) -> DTensor:
-    return DTensor.from_local(
+    return like.from_local(
         part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )

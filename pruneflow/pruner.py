@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from pruneflow.granularity import NM, Block, Channels, Granularity
 from pruneflow.importance import Importance, magnitude
+from pruneflow.kinds import check_kinds
 from pruneflow.masking import InPlace, Masking
 from pruneflow.masks import MaskSet, check_costs, check_units, compute_masks
 from pruneflow.parameters import Pattern, check_computed, locate, select
-from pruneflow.processes import check_placements, decide, is_sharded, place, reshard, unwrap
+from pruneflow.processes import check_placements, decide, place, reshard, unwrap
 from pruneflow.rewinding import (
     OptimizerState,
     check_held,
@@ -25,6 +26,7 @@ from pruneflow.rewinding import (
 from pruneflow.scope import Scope, resolve_scope
 from pruneflow.torch_methods import (
     TorchMethod,
+    check_alone,
     check_scope,
     is_torch_method,
     keeps_own_amount,
@@ -91,35 +93,7 @@ class Pruner:
         optimizer_state: OptimizerState = "zero_pruned",
     ) -> None:
         check_optimizer_state(optimizer_state)
-        functions = callable(importance) and not isinstance(importance, type)
-        _expect(
-            is_torch_method(importance) or functions,
-            "importance",
-            "a function such as magnitude, or a pruning method of torch",
-            importance,
-        )
-        _expect(
-            masking is None or (hasattr(masking, "attach") and not isinstance(masking, type)),
-            "masking",
-            "an object such as InPlace()",
-            masking,
-        )
-        _expect(
-            granularity is None or isinstance(granularity, NM | Block | Channels),
-            "granularity",
-            "NM(2, 4), Block(1, 16), Channels(example_input) or None",
-            granularity,
-        )
-        _expect(
-            costs is None or isinstance(costs, Mapping),
-            "costs",
-            "a mapping such as multiply_adds(model, example_input)",
-            costs,
-        )
-        listed = isinstance(optimizers, Sequence) and all(
-            isinstance(optimizer, Optimizer) for optimizer in optimizers
-        )
-        _expect(optimizers is None or listed, "optimizers", "a list of optimizers", optimizers)
+        check_kinds(importance, granularity, costs, optimizers, masking)
         self.model = unwrap(model)
         reshard(self.model)
         self.importance = importance
@@ -152,17 +126,7 @@ class Pruner:
         self.check(0.0)
         if is_torch_method(importance):
             check_scope(importance, scope)
-            if granularity is not None or costs is not None:
-                raise ValueError(
-                    "`importance` is expected to be a function where `granularity` or `costs` are "
-                    f"given, but {importance!r} came, which has its own; give magnitude, say"
-                )
-            if any(is_sharded(parameter) for parameter in self._parameters.values()):
-                raise ValueError(
-                    "`importance` is expected to be a function for sharded weights, which "
-                    f"torch.nn.utils.prune does not know, but {importance!r} came; give magnitude, "
-                    "for example"
-                )
+            check_alone(importance, self._parameters, granularity, costs)
         if optimizers is None:
             warnings.warn(
                 "`optimizers` was not given to Pruner, so pruned weights will not stay zero "
@@ -170,7 +134,7 @@ class Pruner:
                 stacklevel=2,
             )
         elif optimizers:
-            check_held(self._parameters, optimizers)
+            self._check_held(self._parameters, optimizers)
         self._optimizers = list(optimizers or ())
         self._attached = False
 
@@ -228,6 +192,10 @@ class Pruner:
         elif isinstance(self._units, CoupledChannels):
             self._units.check(price, sparsity or 0.0)
 
+    def writers(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors to prune whose channels take entries of this tensor with them."""
+        return self._units.writers(name) if isinstance(self._units, CoupledChannels) else ()
+
     def admit(self, pruned: Collection[str] = ()) -> None:
         """Take in, of the tensors that were frozen, those that are trained by now.
 
@@ -251,7 +219,7 @@ class Pruner:
         new = set(self._parameters) - before
         self.masking.check(self.model, new)
         if self._optimizers:
-            check_held({name: self._parameters[name] for name in new}, self._optimizers)
+            self._check_held(new, self._optimizers)
         if masks:
             dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
             self.hold(MaskSet(masks | dense))
@@ -264,7 +232,7 @@ class Pruner:
         """
         if list(map(id, optimizers)) == list(map(id, self._optimizers)):
             return
-        check_held(self._parameters, optimizers)
+        self._check_held(self._parameters, optimizers)
         masks = self.masks
         self._optimizers = list(optimizers)
         if masks:
@@ -402,6 +370,15 @@ class Pruner:
             self._units = self.granularity
         self._parameters = {n: slot.parameter for n, slot in slots.items() if n in names}
 
+    def _check_held(self, names: Collection[str], optimizers: Sequence[Optimizer]) -> None:
+        parameters = {name: self._parameters[name] for name in self._parameters if name in names}
+        check_held(parameters, optimizers, self._leaving_out)
+
+    def _leaving_out(self, names: Sequence[str]) -> list[str]:
+        # What goes along with channels cannot be excluded by itself.
+        writers = {writer for name in names for writer in self.writers(name)}
+        return [name for name in self._names if name in names or name in writers]
+
     def _run_torch_method(self, method: TorchMethod, sparsity: float | None) -> MaskSet:
         compute = partial(
             torch_masks,
@@ -423,8 +400,3 @@ class Pruner:
             pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
             settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
         return masks
-
-
-def _expect(good: bool, argument: str, expected: str, came: object) -> None:
-    if not good:
-        raise TypeError(f"`{argument}` is expected to be {expected}, but {came!r} came")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -121,8 +121,18 @@ def settle_optimizer_state(
                         value.masked_fill_(~mask, 0)
 
 
-def check_held(parameters: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]) -> None:
+def check_held(
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    leaving_out: Callable[[Sequence[str]], Sequence[str]],
+) -> None:
     """Refuse optimizers that do not train every one of these tensors that is trainable.
+
+    Args:
+        parameters: The tensors.
+        optimizers: The optimizers.
+        leaving_out: From the names of some to those that have to be excluded to leave them out,
+            which are others where they lose entries along with these.
 
     Raises:
         ValueError: Naming the tensors, or the optimizer that updates a share of them alone.
@@ -143,8 +153,11 @@ def check_held(parameters: Mapping[str, nn.Parameter], optimizers: Sequence[Opti
     }
     missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
     if missing:
+        exclude = leaving_out(missing)
+        along = f"{', '.join(exclude)}, as channels go with all that holds or reads them"
+        them = "them" if exclude == missing else along
         raise ValueError(
             f"`optimizers` are expected to hold every tensor to prune, but none holds "
             f"{', '.join(missing)}; add them to an optimizer, freeze them (`requires_grad=False`), "
-            "or `exclude` them"
+            f"or `exclude` {them}"
         )

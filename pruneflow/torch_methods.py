@@ -18,6 +18,7 @@ from torch.nn.utils import prune
 
 from pruneflow.masks import MaskSet
 from pruneflow.plan import pruned_count
+from pruneflow.processes import is_sharded
 from pruneflow.scope import Scope
 from pruneflow.scores import check_finite
 
@@ -57,6 +58,24 @@ def check_scope(method: TorchMethod, scope: Scope) -> None:
             f"`scope` is expected to be 'layer' for {cls.__name__} ({cls.PRUNING_TYPE}), or "
             f"'global' for an unstructured method, but {scope!r} came; torch.nn.utils.prune has no "
             "other scopes"
+        )
+
+
+def check_alone(method: TorchMethod, tensors: Mapping[str, Tensor], *others: object) -> None:
+    """Refuse sharded tensors, and `granularity` or `costs` beside a method that has its own.
+
+    Raises:
+        ValueError: If a tensor is sharded, or any of `others` is not None.
+    """
+    if any(other is not None for other in others):
+        raise ValueError(
+            "`importance` is expected to be a function where `granularity` or `costs` are given, "
+            f"but {method!r} came, which has its own; give magnitude, say"
+        )
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        raise ValueError(
+            "`importance` is expected to be a function for sharded weights, which "
+            f"torch.nn.utils.prune does not know, but {method!r} came; give magnitude, for example"
         )
 
 

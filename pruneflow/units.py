@@ -67,6 +67,7 @@ class CoupledChannels:
         self._units = {
             key: number[unit] for key, unit in coupling.members.items() if key[0] in shapes
         }
+        self._writes = coupling.writes
         self._shapes = {
             name: shapes[name]
             for name in shapes
@@ -83,6 +84,18 @@ class CoupledChannels:
     def names(self) -> tuple[str, ...]:
         """Names of all parameters that lose entries, batch norm's and biases among them."""
         return tuple(self._shapes)
+
+    def writers(self, name: str) -> tuple[str, ...]:
+        """Names of the weights to prune that write the channels which a tensor holds or reads."""
+        own = [unit for (tensor, _), unit in self._units.items() if tensor == name]
+        channels = torch.cat([torch.tensor([-1]), *own]).unique()[1:]
+        return tuple(
+            tensor
+            for (tensor, dim), unit in self._units.items()
+            if tensor in self._scored
+            and (tensor, dim) in self._writes
+            and torch.isin(unit, channels).any()
+        )
 
     def check(self, costs: Mapping[str, float], sparsity: float) -> None:
         """Refuse a target for which layers would have to lose all their channels.

@@ -24,6 +24,20 @@ QUICK = (
 )
 
 
+UNUSED = """
+from torch import nn
+from pruneflow.models import small_cnn
+
+
+class Network(nn.Module):
+    def __init__(self, num_classes, in_channels, width):
+        super().__init__()
+        self.used, self.unused = small_cnn(num_classes, in_channels, width), nn.Linear(3, 3)
+
+    def forward(self, images):
+        return self.used(images)
+"""
+
 COMMAND = (sys.executable, "-m", "pruneflow")
 
 
@@ -280,6 +294,12 @@ def test_help_and_cfg(tmp_path):
         (["task=compare"], "`task` is expected to be prune or deploy, but 'compare' came"),
         (["schedule=cubik"], "one_shot"),
         (["pruning.epoch=3"], "pruning.epoch"),
+        (["granularity=channels", "schedule.target=0.999"], "where one channel of each layer"),
+        (
+            ["granularity=channels", "costs=multiply_adds", "schedule.target=0.99999"],
+            "where one channel of each layer",
+        ),
+        (["importance=ln_structured", "pruning.scope=layer", "costs=latency"], "which has its own"),
     ],
 )
 def test_bad_input_is_refused_before_any_training(tmp_path, arguments, message):
@@ -287,6 +307,16 @@ def test_bad_input_is_refused_before_any_training(tmp_path, arguments, message):
     assert run.returncode != 0
     assert message in run.stdout + run.stderr
     assert "Traceback" not in run.stderr
+    assert "Dense phase" not in run.stdout
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("costs", ["multiply_adds", "latency"])
+def test_a_layer_without_costs_is_refused_before_any_training(tmp_path, costs):
+    (tmp_path / "mine.py").write_text(UNUSED)
+    model = ("model._target_=mine.Network", "model.width=4")
+    run = pruneflow(*model, f"costs={costs}", "hydra.run.dir=run", cwd=tmp_path, check=False)
+    assert "but do not for unused.weight; add them, or `exclude` the tensors" in run.stderr
     assert "Dense phase" not in run.stdout
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -102,6 +103,21 @@ def test_blocks_compete_within_their_scope_and_stay_pruned():
     assert not more["a"].any()
     with pytest.raises(ValueError, match=r"the present one, 0\.75, but 0\.1 came"):
         compute_masks(weights, 0.1, masks=more, **settings)
+
+
+@pytest.mark.parametrize("granularity", [None, Block(1, 2)])
+def test_blocks_leave_nothing_of_a_tensor_where_weights_do(granularity):
+    weights = {"low": torch.full((2, 4), 0.1), "high": torch.full((2, 4), 9.0)}
+    masks = compute_masks(weights, 0.5, importance=magnitude, granularity=granularity)
+    assert not masks["low"].any() and masks["high"].all()
+
+
+def test_a_tensor_of_one_block_goes_whole_with_scope_layer():
+    weights = {"small": torch.ones(1, 4), "large": torch.ones(5, 8)}
+    masks = compute_masks(
+        weights, 0.1, importance=magnitude, granularity=Block(1, 8), scope="layer"
+    )
+    assert [int(mask.sum()) for mask in masks.values()] == [0, 32]
 
 
 # -- channels -------------------------------------------------------------------------------------
@@ -289,6 +305,35 @@ def test_a_frozen_reader_is_not_pruned_by_itself_after_a_resume():
     again.admit(pruner.scored)
     assert (again.scored, again.frozen) == (("0.weight",), ("2.weight",))
     assert torch.equal(again.hold(masks)["2.weight"], masks["2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "exclude"),
+    [
+        ("bn1.", ["conv1.weight"]),  # which writes what batch norm holds; so does the residual sum
+        ("layer1.0.bn1.", ["layer1.0.conv1.weight"]),
+        ("layer1.0.conv2.", ["layer1.0.conv1.weight", "layer1.0.conv2.weight"]),
+    ],
+)
+def test_what_goes_along_with_channels_and_no_optimizer_holds_has_a_remedy(missing, exclude):
+    model = small_resnet()
+    names = [name for name, _ in model.named_parameters() if name.startswith(missing)]
+    trained = [p for name, p in model.named_parameters() if name not in names]
+
+    def pruner(*others, exclude=()):
+        optimizers = [torch.optim.SGD(trained, 0.1), *others]
+        return Pruner(model, granularity=Channels(IMAGE), exclude=exclude, optimizers=optimizers)
+
+    with pytest.raises(ValueError, match=f"none holds {', '.join(names)}") as error:
+        pruner()
+    [remedy] = re.findall("`exclude` (.*), as channels go with all", str(error.value))
+    assert set(exclude) <= set(remedy.split(", "))
+    assert not {*names} & {*pruner(exclude=remedy.split(", ")).names}
+    others = torch.optim.SGD([model.get_parameter(name) for name in names], 0.1)
+    assert {*names} <= {*pruner(others).names}
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    pruner()
 
 
 def test_refuses_before_training_what_cannot_be():

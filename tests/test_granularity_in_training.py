@@ -129,6 +129,21 @@ def test_tells_apart_what_was_removed_together(model, batches, trainer, tmp_path
         trainer(other, max_epochs=4).fit(fresh(model), batches, ckpt_path=tmp_path / "two.ckpt")
 
 
+def test_names_the_layer_that_reads_the_channels_of_another_callback(model, batches, trainer):
+    def callbacks(*body):
+        channels = PruningCallback(Linear(0.5, 2), granularity=Channels(), include=body)
+        return channels, PruningCallback(Linear(0.5, 2), include=("head.weight",))
+
+    with pytest.raises(
+        ValueError,
+        match=r"held by what another prunes, head\.weight \(those of body\.3\.weight\); `exclude`",
+    ):
+        trainer(*callbacks("body.*")).fit(model, batches)
+    pair = callbacks("body.0.weight")  # that is, body.3.weight excluded
+    trainer(*pair).fit(model, batches)
+    assert all(pruning.sparsity >= 0.49 for pruning in pair)
+
+
 def test_says_what_a_module_needs_for_channels_and_costs(model, batches, trainer):
     model.example_input_array = None
     for way in ({"granularity": Channels()}, {"costs": multiply_adds}):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from pruneflow.channels.attention import Attention
 from pruneflow.channels.flow import Flow
-from pruneflow.channels.layers import Attention, Weighted
+from pruneflow.channels.layers import Weighted
 from pruneflow.channels.rules import (
     NORMS,
     Carried,

@@ -22,6 +22,14 @@ from pruneflow.files import write_whole
 
 Run = Callable[[Tensor], Tensor]
 
+_SHRUNK, _SHRUNK_ONNX = "shrunk.pt2", "shrunk.onnx"
+
+
+def drop_shrunk(folder: Path) -> None:
+    """Delete the shrunk forms of an earlier run, which this one may not have."""
+    for name in (_SHRUNK, _SHRUNK_ONNX):
+        (folder / name).unlink(missing_ok=True)
+
 
 @dataclass(frozen=True)
 class Built:
@@ -67,6 +75,7 @@ class Builder:
 
     def build(self) -> tuple[dict[str, Built], dict[str, str]]:
         """Build all forms: those that run and compute the right outputs, and a note on each."""
+        drop_shrunk(self.folder)
         built: dict[str, Built] = {}
         notes: dict[str, str] = {}
         for name, model, build in (
@@ -114,7 +123,7 @@ class Builder:
         return self._in_pytorch(network, self._packed_file)
 
     def _shrunk(self) -> Built:
-        file = self.folder / "shrunk.pt2"
+        file = self.folder / _SHRUNK
         pair = torch.cat([self.example] * 2)  # older PyTorch takes a length of 1 for a constant
         program = torch.export.export(
             self._laid_out(self._shrunk_model),
@@ -136,7 +145,7 @@ class Builder:
         return Built(run, file, layout=self.layout)
 
     def _shrunk_onnx(self) -> Built:
-        return self._onnx(self._shrunk_model, self.folder / "shrunk.onnx")
+        return self._onnx(self._shrunk_model, self.folder / _SHRUNK_ONNX)
 
     def _sparse(self) -> Built:
         threads = torch.get_num_threads()

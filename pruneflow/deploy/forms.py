@@ -69,7 +69,8 @@ def measure_forms(
         dense: The model before pruning.
         pruned: The model with exact zeros. Both are left as they are.
         example_input: A batch of one, of real data: outputs are compared on it.
-        folder: Gets `model.packed`, `shrunk.pt2` (for `torch.export.load`) and `shrunk.onnx`.
+        folder: Gets `model.packed`, `shrunk.pt2` (for `torch.export.load`) and `shrunk.onnx`; the
+            shrunk ones of an earlier run are deleted first.
         evaluate: Gives the accuracy of a function from a batch on the CPU to outputs.
         batches: Batch sizes to time; peak memory is measured at the largest.
         threads: Number of threads of every form; None takes PyTorch's.

@@ -41,6 +41,15 @@ def test_packing_from_the_command_line_does_not_import_lightning(tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_who_has_no_shards_does_not_wait_for_what_shards_are_made_of():
+    code = (
+        "import sys, pruneflow.deploy, pruneflow.processes; "
+        "print(sorted({'torch.distributed.fsdp', 'torch.distributed.tensor'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_what_is_imported_when_first_asked_for_is_there_all_the_same():
     assert set(pruneflow.__all__) <= set(dir(pruneflow))
     for name in pruneflow.__all__:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pruneflow.delivery import deliver
 from pruneflow.deploy import building, forms
 from pruneflow.deploy.forms import markdown, measure_forms, table
 
@@ -147,6 +148,20 @@ def test_a_form_that_is_refused_gives_the_reason(measured, monkeypatch):
         assert found[name]["note"] == "`model` is expected to be one that torch.fx traces"
         assert found[name]["bytes"] is None and not found[name]["seconds"]
     assert found["packed"]["seconds"]
+
+
+def test_the_shrunk_forms_of_an_earlier_run_are_not_left_for_those_of_this_one(
+    measured, monkeypatch, tmp_path, dense, pruned
+):
+    def refused(model, example, fixed_size):
+        raise ValueError("`model` is expected to be one that torch.fx traces")
+
+    monkeypatch.setattr(building, "shrink", refused)
+    for again in (measured, lambda: deliver(dense, pruned, [], tmp_path, batches=(), threads=None)):
+        for name in ("shrunk.pt2", "shrunk.onnx", "mine.onnx"):
+            (tmp_path / name).write_bytes(b"of another model")
+        again()
+        assert {path.name for path in tmp_path.iterdir()} == {"model.packed", "mine.onnx"}
 
 
 def test_a_form_that_computes_something_else_has_no_figures(measured, monkeypatch):
