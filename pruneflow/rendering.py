@@ -103,6 +103,7 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .n { text-align: right; }
 td.n { white-space: nowrap; }
 td:first-child { min-width: 6.2rem; }
+td:last-child:not(.n):not(:first-child) { min-width: 12rem; }
 figure { margin: 0 0 1.5rem; }
 img { display: block; width: 100%; height: auto; border-radius: .4rem; background: #ffffff; }
 @media print { body { max-width: none; padding: 0; } tr, figure { break-inside: avoid; } }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -108,7 +109,11 @@ def summary(facts: Facts) -> RichTable:
 def forms_summary(forms: Sequence[Form]) -> RichTable:
     """Build the table of forms that `task=deploy` prints at its end with rich."""
     section = forms_section(forms)
-    return _printed(section, section.title, section.note)
+    # A terminal has no room for the column of notes.
+    notes = [f"{name}: {note}" for name, *_, note in section.rows if note]
+    rows = tuple(row[:-1] for row in section.rows)
+    narrow = replace(section, header=section.header[:-1], rows=rows)
+    return _printed(narrow, section.title, "\n".join([*notes, section.note]))
 
 
 def _printed(section: Section, title: str, caption: str) -> RichTable:
