@@ -85,7 +85,7 @@ _CSS = """
   --paper: #ffffff; --tint: #f5f7f9; --good: #009e73; --bad: #d55e00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa5b1; --line: #363c44;
   --paper: #16191d; --tint: #1e2227; } }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; color: var(--ink);
   background: var(--paper); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 1rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }

@@ -27,7 +27,8 @@ from pruneflow.deploy.peak import peak_bytes
 _MOST_TURNS, _FEWEST_TURNS = 7, 3
 _SECONDS = 20.0  # for all forms at one batch size, unless the fewest turns take longer
 # Seconds of a turn: without work, with what is not timed, and timed; shorter runs are repeated.
-_REST, _WARM_UP, _BURST = 0.01, 0.005, 0.01
+# ONNX Runtime's threads go on spinning for 30 ms, and whoever comes next would be the slower.
+_REST, _WARM_UP, _BURST = 0.04, 0.015, 0.015
 # What counts as a gain: bytes, peaks and times differ by a little anyhow.
 _SMALLER, _LIGHTER, _FASTER = 0.99, 0.95, 1.05
 _MISSING = "–"

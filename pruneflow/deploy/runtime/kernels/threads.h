@@ -33,7 +33,7 @@ class Barrier {
         }
         for (int spins = 0; generation.load(std::memory_order_acquire) == turn; ++spins) {
             relax();
-            if (spins > 4000) // somebody else has the other core
+            if (spins > 100) // the other thread may be waiting for this very core
                 std::this_thread::yield();
         }
     }
@@ -76,7 +76,7 @@ class Pool {
         given_work(given_context, 0);
         for (int spins = 0; threads > 1 && pending.load(std::memory_order_acquire) > 0; ++spins) {
             relax();
-            if (spins > 4000)
+            if (spins > 100)
                 std::this_thread::yield();
         }
     }
