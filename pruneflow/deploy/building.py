@@ -19,6 +19,7 @@ from pruneflow.deploy.packed import load_packed, save_packed
 from pruneflow.deploy.runtime import sparse_compile
 from pruneflow.deploy.shrink import shrink
 from pruneflow.files import write_whole
+from pruneflow.sparsity import multiply_adds_per_module
 
 Run = Callable[[Tensor], Tensor]
 
@@ -40,12 +41,14 @@ class Built:
         file: What it was built from.
         network: What a process of its own unpickles to run the same; None where it loads the file.
         layout: Memory format that batches are brought into.
+        note: What is to be said of it.
     """
 
     run: Run
     file: Path
     network: nn.Module | None = None
     layout: torch.memory_format = torch.contiguous_format
+    note: str = ""
 
 
 def in_pytorch(network: nn.Module, layout: torch.memory_format) -> Run:
@@ -101,7 +104,8 @@ class Builder:
                     raise
                 notes[name] = str(error) or type(error).__name__
             else:
-                notes[name] = " ".join(dict.fromkeys(str(warning.message) for warning in said))
+                warned = dict.fromkeys(str(warning.message) for warning in said)
+                notes[name] = " ".join(filter(None, [form.note, *warned]))
                 if wrong is None:
                     built[name] = form
                 else:
@@ -142,7 +146,18 @@ class Builder:
                         f"{file.name} was not written: read back, its outputs for a batch of "
                         f"{count} are {wrong}."
                     )
-        return Built(run, file, layout=self.layout)
+        return Built(run, file, layout=self.layout, note=self._what_is_left())
+
+    def _what_is_left(self) -> str:
+        models = self._shrunk_model, self.dense
+        left, parameters = (sum(p.numel() for p in model.parameters()) for model in models)
+        cheaper, multiply_adds = (
+            multiply_adds_per_module(model, self.example).get("", 0) for model in models
+        )
+        return (
+            f"{left:,} of {parameters:,} parameters and {cheaper:,} of {multiply_adds:,} "
+            "multiply-adds are left."
+        )
 
     def _shrunk_onnx(self) -> Built:
         return self._onnx(self._shrunk_model, self.folder / _SHRUNK_ONNX)
