@@ -141,6 +141,20 @@ class Dense(nn.Module):
         return self.linear(functional.adaptive_avg_pool2d(x, 4).view(x.size(0), -1))
 
 
+class Beside(nn.Module):
+    """Concatenates right before, in memory, of what is still read: 20 and 28 floats, then that."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.keep = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 8, 1)
+        self.one, self.other = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 7, 1)
+        self.last = nn.Conv2d(12, 8, 1)
+
+    def forward(self, x):
+        keep = self.keep(self.first(x))
+        return self.last(torch.cat([self.one(keep), self.other(keep)], 1)) + keep
+
+
 class Depthwise(nn.Module):
     """Convolutions of each channel alone, and of few, with what is fused into them."""
 
@@ -204,6 +218,7 @@ NETWORKS = {
         ),
         (4, 33, 37),
     ),
+    "beside": (Beside, (3, 2, 2)),
     "depthwise": (Depthwise, (6, 9, 23)),
     "gated": (Gated, (3, 9, 7)),
     "resnet": (resnet, (3, 32, 32)),

@@ -1,6 +1,7 @@
 // What is computed float by float. Values begin and end with whole vectors.
 #pragma once
 #include "vectors.h"
+#include <algorithm>
 
 namespace {
 
@@ -52,14 +53,25 @@ void activate(const Step &s, float *arena, int thread, int threads) {
     }
 }
 
+// Parts of a concatenation may begin and end anywhere, and what lies behind is not theirs.
 void add(const Step &s, float *arena, int thread, int threads) {
+    const float *in = arena + s.in, *extra = s.extra < 0 ? nullptr : arena + s.extra;
+    float *out = arena + s.out;
     const Vector low = broadcast(s.low), high = broadcast(s.high);
+    const int64_t count = s.channels * s.out_stride;
     const Part vectors = own_vectors(s, thread, threads);
-    for (int64_t i = vectors.begin * LANES; i < vectors.end * LANES; i += LANES) {
-        Vector value = load_unaligned(arena + s.in + i);
-        if (s.extra >= 0)
-            value += load_unaligned(arena + s.extra + i);
-        store_unaligned(arena + s.out + i, clamp(value, low, high));
+    const int64_t end = std::min(vectors.end * LANES, count);
+    int64_t i = vectors.begin * LANES;
+    for (; i + LANES <= end; i += LANES) {
+        Vector value = load_unaligned(in + i);
+        if (extra)
+            value += load_unaligned(extra + i);
+        store_unaligned(out + i, clamp(value, low, high));
+    }
+    for (; i < end; ++i) {
+        const float value = extra ? in[i] + extra[i] : in[i];
+        const float raised = value < s.low ? s.low : value;
+        out[i] = raised > s.high ? s.high : raised;
     }
 }
 
