@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import shlex
@@ -19,6 +20,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from pruneflow.deploy.runtime import model as runtime
@@ -62,8 +64,7 @@ SPARSE = Choice()
 
 def untimed(model, example, choice=SPARSE, threads=2, flags=toolchain.FLAGS):
     """All plans of a model, each convolution computed in the same way."""
-    kernels = toolchain.load(flags)
-    machine = Machine(kernels.pruneflow_lanes(), kernels.pruneflow_registers(), threads)
+    machine = toolchain.machine(toolchain.load(flags), threads)
     network = capture(model, example)
     choice = dataclasses.replace(choice, group=choice.group or machine.lanes)
     chosen = {layer.output: choice for layer in network.layers}
@@ -385,6 +386,64 @@ def _in_child(fast, batch, queue):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.skipif("avx512f" not in toolchain._processor(), reason="no other vectors")
+def test_a_pickle_is_read_where_vectors_are_of_another_size():
+    model, batch = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.3), torch.randn(5, 3, 6, 6)
+    compiled = untimed(model, batch)
+    compiled.flags = ("-O1", "-mavx2", "-mfma")  # what -march=native is there
+    other = pickle.loads(pickle.dumps(compiled))
+    assert other.machine.lanes == 8
+    torch.testing.assert_close(other(batch), model(batch))
+
+
+def test_a_default_device_or_type_changes_nothing():
+    model, batch = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False)).eval(), torch.randn(2, 3, 5, 5)
+    expected = model(batch)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            out = sparse_compile(model, batch, threads=1)(batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(out, expected)
+
+
+def test_neither_example_nor_batch_is_overwritten():
+    model = nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(3, 4, 3))
+    batch = torch.randn(2, 3, 5, 5)
+    before = batch.clone()
+    fast = sparse_compile(model, batch)
+    fast(batch)
+    assert torch.equal(batch, before)
+    torch.testing.assert_close(fast(batch), model(batch.clone()))
+
+
+def test_tensors_without_memory_of_their_own_are_refused():
+    fast = sparse_compile(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 5, 5))
+    batch = torch.randn(1, 3, 5, 5)
+    assert fast(batch).shape == fast(nn.Parameter(batch)).shape
+    with pytest.raises(ValueError, match="`batch` is expected to be a plain tensor, but a "):
+        fast(FakeTensorMode().from_tensor(batch))
+    with pytest.raises(ValueError, match="`batch` is expected to be a plain tensor, but a "):
+        fast(torch._neg_view(batch))
+
+
+@pytest.mark.parametrize("inplace", [operator.iadd, operator.imul])
+def test_what_is_overwritten_is_so_for_all_who_hold_it(inplace):
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.same = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Identity()
+
+        def forward(self, x):
+            y = self.one(x)
+            z = inplace(self.same(y), self.other(x))
+            return y * z
+
+    model, batch = prune(Held(), 0.5), torch.randn(3, 3, 6, 6)
+    assert difference(model, batch) < 1e-5
+
+
 def test_a_forked_child_has_threads_of_its_own():
     model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), 0.3)
     batch = torch.randn(40, 3, 6, 6)
@@ -408,6 +467,18 @@ class Gates(nn.Module):
         return x * torch.tanh(x)
 
 
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.clip = nn.Hardtanh(-6, 6, inplace=True)
+
+    def forward(self, x):
+        x = x + x
+        return torch.cat(
+            [self.clip(x.flatten(1)), functional.adaptive_avg_pool2d(x, 1).flatten(1)], 1
+        )
+
+
 class Rows(nn.Module):
     def forward(self, x):
         return x * functional.max_pool2d(x, (1, 4))
@@ -419,6 +490,7 @@ class Rows(nn.Module):
         (nn.Sequential(nn.Conv2d(2, 2, 1), nn.Softmax(1)), (2, 4, 4), "'_0_1' is a Softmax"),
         (Branches(), (3,), "traceable by torch.fx"),
         (Gates(), (3,), "'tanh' is a call of tanh"),
+        (Views(), (2, 4, 4), "'_0_clip' is in place on what 'add' holds as well"),
         (Rows(), (2, 4, 4), "shapes, (2, 4, 4) and (2, 4, 1)"),
         (
             nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
@@ -498,7 +570,13 @@ def test_with_the_vectors_of_older_processors():
     assert difference(model, batch, Choice(2, 4096, padded=True), flags=flags) < 1e-5
 
 
-SANITIZED = ("-O1", "-g", "-fsanitize=address", "-fsanitize=signed-integer-overflow,alignment")
+SANITIZED = (
+    "-O1",
+    "-g",
+    "-march=native",
+    "-fsanitize=address",
+    "-fsanitize=signed-integer-overflow,alignment",
+)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
+from pruneflow.deploy.runtime.known import CLAMPS, DROPOUTS, FUNCTIONS, POOLS, PRODUCTS, SUMS
 from pruneflow.deploy.runtime.layers import (
     INFINITY,
     Layer,
@@ -26,26 +27,20 @@ from pruneflow.deploy.runtime.layers import (
     fuse,
 )
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_CLAMPS = {  # those without further arguments: the lowest and the highest value
-    **dict.fromkeys((torch.relu, torch.relu_, functional.relu, "relu", "relu_"), (0.0, INFINITY)),
-    functional.relu6: (0.0, 6.0),
-}
-_FUNCTIONS = {
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, functional.sigmoid, "sigmoid"), "sigmoid"),
-    **dict.fromkeys((nn.Hardsigmoid, functional.hardsigmoid), "hardsigmoid"),
-    **dict.fromkeys((nn.SiLU, functional.silu), "silu"),
-    **dict.fromkeys((nn.Hardswish, functional.hardswish), "hardswish"),
-}
-_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_POOLS: dict[Any, tuple[Any, str]] = {
-    functional.max_pool2d: (nn.MaxPool2d, "stride padding dilation ceil_mode return_indices"),
-    functional.avg_pool2d: (
-        nn.AvgPool2d,
-        "stride padding ceil_mode count_include_pad divisor_override",
-    ),
-}
+
+class _Proxy(fx.Proxy):
+    """Records `x += y` and `x *= y` as what they are: others who hold x read the result as well."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 def capture(model: nn.Module, example_input: Tensor) -> Network:
@@ -66,7 +61,8 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
     """
     try:
         # Around it one more module, as those of PyTorch are kept whole but for the outermost.
-        traced = fx.symbolic_trace(nn.Sequential(model))
+        whole = nn.Sequential(model)
+        traced = fx.GraphModule(whole, _Tracer().trace(whole))
     except Exception as error:
         raise ValueError(
             "`model` is expected to be traceable by torch.fx, but tracing it failed with: "
@@ -74,7 +70,7 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
         ) from error
     _drop_assertions(traced.graph)
     with torch.no_grad():
-        ShapeProp(traced).propagate(example_input[:1])
+        ShapeProp(traced).propagate(example_input[:1].clone())
     captured = _Capture(traced)
     for node in traced.graph.nodes:
         captured.take(node)
@@ -110,6 +106,7 @@ class _Capture:
     shapes: list[Shape] = field(default_factory=list)
     values: dict[fx.Node, int] = field(default_factory=dict)
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    memory: dict[int, int] = field(default_factory=dict)  # of a view: the value whose it is
     batch_sizes: set[fx.Node] = field(default_factory=set)
     result: int = -1
     output_shape: tuple[int, ...] = ()
@@ -159,9 +156,16 @@ class _Capture:
 
     def overwrites(self, node: fx.Node, value: int) -> None:
         """What works in place: all who read the value later read the result."""
-        for other, held in self.values.items():
+        for other, held in list(self.values.items()):
             if held == value:
                 self.values[other] = self.values[node]
+            elif self.root(held) == self.root(value) and any(user > node for user in other.users):
+                self.refuse(node, f"in place on what {other.name!r} holds as well")
+        self.memory[self.values[node]] = self.root(value)
+
+    def root(self, value: int) -> int:
+        """The value in whose memory a value lies; its own if it is no view."""
+        return self.memory.get(value, value)
 
     def operand(self, node: fx.Node, position: int = 0) -> int:
         value = node.args[position] if position < len(node.args) else None
@@ -173,7 +177,7 @@ class _Capture:
         value = self.operand(node)
         kind = type(module)
         # Exact types: a subclass may compute something else.
-        if kind in (nn.Identity, *_DROPOUTS) or kind.__name__ == "StochasticDepth":
+        if kind in (nn.Identity, *DROPOUTS) or kind.__name__ == "StochasticDepth":
             if module.training and kind is not nn.Identity:
                 self.refuse(node, f"a {kind.__name__} in training mode")
             self.values[node] = value
@@ -186,7 +190,7 @@ class _Capture:
             self.weighted(node, value, reads, module.weight.detach()[:, :, None], module.bias)
         elif kind in (nn.BatchNorm1d, nn.BatchNorm2d):
             self.norm(node, module, value)
-        elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or kind in _FUNCTIONS:
+        elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or kind in FUNCTIONS:
             self.activation(node, module, value)
         elif kind is nn.Flatten:
             if [module.start_dim, module.end_dim] != [1, -1]:
@@ -196,8 +200,8 @@ class _Capture:
             self.refuse(node, f"a {kind.__name__}")
 
     def activation(self, node: fx.Node, module: Any, value: int) -> None:
-        if type(module) in _FUNCTIONS:
-            self.emit(node, "activate", value, function=_FUNCTIONS[type(module)])
+        if type(module) in FUNCTIONS:
+            self.emit(node, "activate", value, function=FUNCTIONS[type(module)])
         else:
             low = float(getattr(module, "min_val", 0.0))
             high = float(getattr(module, "max_val", INFINITY))
@@ -219,8 +223,8 @@ class _Capture:
             pass
         elif self.flattens(node):
             self.flatten(node, value)
-        elif target in _POOLS:
-            make, names = _POOLS[target]
+        elif target in POOLS:
+            make, names = POOLS[target]
             given = dict(zip(["kernel_size", *names.split()], arguments, strict=False))
             self.pool(node, make(**given, **keywords), value)
         elif target is functional.adaptive_avg_pool2d or self.means(node):
@@ -241,12 +245,12 @@ class _Capture:
             self.overwrites(node, value)
 
     def elementwise(self, node: fx.Node, value: int) -> bool:
-        if node.target in _CLAMPS and len(node.args) == 1:
-            low, high = _CLAMPS[node.target]
+        if node.target in CLAMPS and len(node.args) == 1:
+            low, high = CLAMPS[node.target]
             self.emit(node, "add", value, low=low, high=high)
-        elif node.target in _FUNCTIONS and len(node.args) == 1:
-            self.emit(node, "activate", value, function=_FUNCTIONS[node.target])
-        elif node.target in (*_SUMS, *_PRODUCTS):
+        elif node.target in FUNCTIONS and len(node.args) == 1:
+            self.emit(node, "activate", value, function=FUNCTIONS[node.target])
+        elif node.target in (*SUMS, *PRODUCTS):
             self.combine(node, value, self.operand(node, 1))
         else:
             return False
@@ -256,8 +260,9 @@ class _Capture:
         """A sum or a product, or a product with a factor for each channel."""
         larger, smaller = sorted((one, other), key=lambda value: -prod(self.shapes[value]))
         shape, factor = self.shapes[larger], self.shapes[smaller]
-        kind = "add" if node.target in _SUMS else "multiply"
-        if factor != shape and (kind == "add" or factor != (shape[0], 1, 1)):
+        kind = "add" if node.target in SUMS else "multiply"
+        wider = self.shape(node) not in (shape, shape[:1])  # (batch, C) and (batch, C, 1, 1)
+        if wider or (factor != shape and (kind == "add" or factor != (shape[0], 1, 1))):
             self.refuse(node, f"of tensors of different shapes, {shape} and {factor}")
         self.emit(node, kind, larger, smaller)
 
@@ -296,7 +301,7 @@ class _Capture:
         groups: int = 1,
         kind: str = "convolution",
     ) -> None:
-        given = torch.zeros(len(weight)) if bias is None else bias.detach()
+        given = weight.new_zeros(len(weight)) if bias is None else bias.detach()
         arrays = {"weight": Weight.of(weight.detach().numpy()), "bias": given.numpy().copy()}
         self.emit(node, kind, value, window=reads, groups=groups, **arrays)
 
@@ -337,6 +342,7 @@ class _Capture:
             self.values[node] = value
         else:
             self.emit(node, "flatten", value)
+            self.memory[self.values[node]] = self.root(value)
 
     def choose(self, node: fx.Node, value: int) -> None:
         """Channels by number, as `shrink` puts them: a 1x1 convolution with a one in each row."""
@@ -349,7 +355,7 @@ class _Capture:
         self.weighted(node, value, reads, weight, None)
 
     def concatenate(self, node: fx.Node) -> None:
-        tensors: Any = node.args[0]
+        tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors")
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         known = isinstance(tensors, Sequence) and all(each in self.values for each in tensors)
         if not known or dim not in (1, -len(self.shape(node))):

@@ -50,7 +50,7 @@ class Weight:
     @property
     def density(self) -> float:
         """Fraction that is not zero."""
-        return len(self.value) / prod(self.shape)
+        return len(self.value) / max(1, prod(self.shape))
 
     def scaled(self, factor: npt.NDArray[np.float64]) -> Weight:
         """Each output times its factor."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import ctypes
 import math
+import os
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ from pruneflow.deploy.runtime.tuning import Choices, aligned, choose, race
 
 _TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
 _MOST_ACTIVATIONS = 2**23  # floats for a thread, beyond which several samples at once do not pay
+_MOST_THREADS = 1024
 Kind = tuple[bool, int]  # of a plan: whether the layout is `lanes`, and samples at once
 
 
@@ -69,8 +72,8 @@ def sparse_compile(
     """
     if threads is None:
         threads = torch.get_num_threads()
-    if threads < 1:
-        raise ValueError(f"`threads` is expected to be at least 1, but {threads} came")
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"`threads` is expected to be 1 to {_MOST_THREADS}, but {threads} came")
     for name, tensor in (("example_input", example_input), *model.named_parameters()):
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(
@@ -94,7 +97,7 @@ def sparse_compile(
             stacklevel=2,
         )
         return dense
-    machine = Machine(kernels.pruneflow_lanes(), kernels.pruneflow_registers(), threads)
+    machine = toolchain.machine(kernels, threads)
     choices = {
         lanes: choose(network, machine, kernels, samples=samples, lanes=lanes)
         for lanes, samples in ((False, 1), (True, machine.lanes))
@@ -102,15 +105,28 @@ def sparse_compile(
     }
     compiled = SparseModel(network, machine, choices)
     with torch.no_grad():
-        batch = torch.cat([example_input[:1], torch.randn_like(example_input[:1])])
-        difference = compiled.difference(batch, dense(batch))
+        batch = torch.randn(2, *example_input.shape[1:], dtype=torch.float32, device="cpu")
+        difference = compiled.difference(batch, dense(batch.clone()))
     if not difference <= _TOLERANCE:
         raise RuntimeError(
             "the compiled model is expected to give what `model` gives, but differs by "
             f"{difference:.2g} relative in norm; please report this model"
         )
-    compiled.tune()
+    compiled._tune()
     return compiled
+
+
+_models: weakref.WeakSet[SparseModel] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked child nobody would ever give back a lock that another thread held."""
+    for model in _models:
+        model._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class SparseModel(nn.Module):
@@ -123,6 +139,10 @@ class SparseModel(nn.Module):
         machine: What plans are made for.
         choices: How convolutions are computed, for the layouts `lanes` (True) and `pixels`.
         flags: The kernels are built with.
+
+    Attributes:
+        costs: Seconds that each kind of plan takes, for each thread on its own samples and for all
+            together.
     """
 
     def __init__(
@@ -134,15 +154,11 @@ class SparseModel(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.machine, self.choices, self.flags = network, machine, choices, flags
-        kinds = [(False, 1), (False, 2), (False, 4)]
-        kinds += [(True, machine.lanes * vectors) for vectors in (1, 2, 4)]
-        # Seconds that a plan takes, for each thread on its own samples and for all together.
-        self.costs: dict[Kind, tuple[float, float]] = {
-            kind: (0.0, 0.0) for kind in kinds if _pays(network, machine, kind)
-        }
+        self.costs = _kinds(network, machine)
         self._prepare()
 
     def _prepare(self) -> None:
+        _models.add(self)
         self._native = toolchain.load(self.flags).pruneflow_run
         self._lock = threading.Lock()
         self._arena = np.empty(0, np.float32)
@@ -165,7 +181,14 @@ class SparseModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._prepare()
+        here = toolchain.machine(toolchain.load(self.flags), self.machine.threads)
+        if here == self.machine:
+            self._prepare()
+        else:  # vectors are of another size here, and what was fastest there says nothing
+            self.machine, self.choices = here, {False: {}, True: {}}
+            self.costs = _kinds(self.network, here)
+            self._prepare()
+            self._tune()
 
     def extra_repr(self) -> str:
         """Layers, threads and how many samples run at once."""
@@ -180,7 +203,8 @@ class SparseModel(nn.Module):
         """
         prepared = self._calls.get(batch.shape)
         # What Python does here, it does with cold caches: it took a quarter of a small call.
-        if prepared is None or batch.dtype is not torch.float32 or not batch.is_cpu:
+        plain = type(batch) is Tensor and batch.is_cpu and not batch.is_neg()
+        if prepared is None or batch.dtype is not torch.float32 or not plain:
             prepared = self._calls[batch.shape] = self._prepared_for(batch)
         return self._run(batch, prepared)
 
@@ -191,6 +215,12 @@ class SparseModel(nn.Module):
                 f"`batch` is expected to be float32 on the CPU of shape (any, "
                 f"{', '.join(map(str, shape))}), but {batch.dtype} on {batch.device} of shape "
                 f"{tuple(batch.shape)} came; call sparse_compile again with such an example"
+            )
+        if type(batch) not in (Tensor, nn.Parameter) or batch.is_neg():
+            what = "a negative view" if batch.is_neg() else f"a {type(batch).__name__}"
+            raise ValueError(
+                f"`batch` is expected to be a plain tensor, but {what} came, which may not lie in "
+                "memory as it looks; give batch.as_subclass(torch.Tensor).resolve_neg()"
             )
         key, together = self._best(len(batch))
         return self._prepared(len(batch), self._plans[key], together)
@@ -210,13 +240,17 @@ class SparseModel(nn.Module):
         worst = max(errors, key=lambda error: (math.isnan(error), error))
         return worst / max(float(expected.norm()), 1e-30) if worst else 0.0
 
-    def tune(self) -> None:
-        """Time the plans, and keep those that are the fastest for some batch size."""
+    def _tune(self) -> None:
+        """Time the plans, and keep those that are the fastest for some batch size.
+
+        Nobody may call the model meanwhile.
+        """
         threads = self.machine.threads
         runs = {}
         for key, plan in self._plans.items():
             for together, samples in ((False, threads * plan.samples), (True, plan.samples)):
-                batch = torch.zeros(samples, *self.network.input_shape)
+                shape = (samples, *self.network.input_shape)
+                batch = torch.zeros(shape, dtype=torch.float32, device="cpu")
                 prepared = self._prepared(samples, plan, together)
                 runs[key, together] = partial(self._run, batch, prepared)
         seconds = race(runs, 0.1)
@@ -250,7 +284,7 @@ class SparseModel(nn.Module):
     def _run(self, batch: Tensor, prepared: _Prepared) -> Tensor:
         if not batch.is_contiguous():
             batch = batch.contiguous()
-        out = torch.empty(prepared.shape, dtype=torch.float32)
+        out = torch.empty(prepared.shape, dtype=torch.float32, device="cpu")
         with self._lock:
             self._native(prepared.address, batch.data_ptr(), out.data_ptr(), self._arena_at)
         return out
@@ -260,6 +294,13 @@ class _Prepared(NamedTuple):
     address: int  # of the call
     shape: tuple[int, ...]  # of the output
     kept: tuple[Call, Plan]
+
+
+def _kinds(network: Network, machine: Machine) -> dict[Kind, tuple[float, float]]:
+    """For each kind of plan that may pay, no seconds yet: see `SparseModel.costs`."""
+    kinds = [(False, 1), (False, 2), (False, 4)]
+    kinds += [(True, machine.lanes * vectors) for vectors in (1, 2, 4)]
+    return {kind: (0.0, 0.0) for kind in kinds if _pays(network, machine, kind)}
 
 
 def _pays(network: Network, machine: Machine, kind: Kind) -> bool:

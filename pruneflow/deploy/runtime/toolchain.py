@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from pruneflow.deploy.runtime.plans import STEP, Machine
+
 KERNELS = Path(__file__).with_name("kernels")
 # What the compiler may change of the arithmetic: only that the hardware raises no flags. Sums are
 # not reordered and NaN and infinities are what they are in PyTorch.
@@ -76,7 +78,13 @@ def load(flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     library.pruneflow_run.restype = None
     library.pruneflow_run.argtypes = [ctypes.c_void_p] * 4
     library.pruneflow_step_bytes.restype = ctypes.c_int64
+    assert library.pruneflow_step_bytes() == STEP.itemsize
     return library
+
+
+def machine(kernels: ctypes.CDLL, threads: int) -> Machine:
+    """What plans for these kernels are made for."""
+    return Machine(kernels.pruneflow_lanes(), kernels.pruneflow_registers(), threads)
 
 
 def _compiler() -> list[str]:

@@ -9,7 +9,7 @@ typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
 
 // e^x within 2e-7, relative: 2^n times a polynomial of what is left, at most ln(2) / 2.
 Vector exponential(Vector x) {
-    x = clamp(x, broadcast(-87.0f), broadcast(88.0f));
+    x = clamp(x, broadcast(-87.0f), broadcast(89.0f)); // e^89 is infinite, as it is from 88.73 on
     const Vector magic = broadcast(12582912.0f); // 1.5 * 2^23: adding it rounds
     const Vector n = (x * 1.44269504f + magic) - magic;
     const Vector rest = (x - n * 0.693359375f) + n * 2.12194440e-4f; // ln(2) in two parts
