@@ -418,6 +418,21 @@ def test_neither_example_nor_batch_is_overwritten():
     torch.testing.assert_close(fast(batch), model(batch.clone()))
 
 
+def test_an_empty_example_will_do():
+    model = prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 0.5)
+    batch = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(sparse_compile(model, batch[:0])(batch), model(batch))
+
+
+def test_a_fork_while_another_thread_computes():
+    fast = sparse_compile(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 5, 5), threads=1)
+    child = multiprocessing.get_context("fork").Process(target=fast, args=[torch.randn(1, 3, 5, 5)])
+    with fast._lock:  # as that thread has it
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
 def test_tensors_without_memory_of_their_own_are_refused():
     fast = sparse_compile(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 5, 5))
     batch = torch.randn(1, 3, 5, 5)
