@@ -1,6 +1,7 @@
 // Convolutions of few positions, computed as sparse matrices; see runtime.h.
 #pragma once
 #include "vectors.h"
+#include <algorithm>
 
 namespace {
 
