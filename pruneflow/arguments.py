@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pruneflow.gradients import Gradients
 from pruneflow.importance import Importance, needs_gradients
 from pruneflow.schedules import ScheduleLike
@@ -14,13 +16,15 @@ def check_arguments(
     gradients: Gradients | None,
     rewind: str | None,
     *,
-    from_zeros: bool,
+    from_zeros: bool | Literal["all"],
 ) -> None:
     """Refuse them; see `PruningCallback` for what they are.
 
     Raises:
         ValueError: Naming the argument and the remedy.
     """
+    if from_zeros not in (True, False, "all"):
+        raise ValueError(f"`from_zeros` must be True, False or 'all', got {from_zeros!r}")
     if schedule is None and not from_zeros:
         raise ValueError(
             "`schedule` is expected to say how much to prune, but None came, which only holds "

@@ -71,6 +71,8 @@ class PruningCallback(L.Callback):
             `"reset"` or `"keep"`; see `Pruner`.
         from_zeros: Hold the exact zeros that the weights have when training starts, to go on with
             an already sparse model. The schedule counts them: its first round has to reach them.
+            Tensors that are zero throughout are taken for untrained ones and left dense, unless
+            this is `"all"`.
 
     Raises:
         ValueError: At construction, for arguments out of range or epochs and steps together; when
@@ -103,7 +105,7 @@ class PruningCallback(L.Callback):
         masking: Masking | None = None,
         rewind: Literal["learning_rate"] | None = None,
         optimizer_state: OptimizerState = "zero_pruned",
-        from_zeros: bool = False,
+        from_zeros: bool | Literal["all"] = False,
     ) -> None:
         check_arguments(schedule, importance, gradients, rewind, from_zeros=from_zeros)
         check_optimizer_state(optimizer_state)
@@ -221,6 +223,8 @@ class PruningCallback(L.Callback):
                 rank_zero_warn(message)
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
+        if self.pruner.selection.dense:
+            rank_zero_info(self.pruner.selection.describe_dense())
         check_averages(trainer, self.masking)
         check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
         self._take_restored()
@@ -236,7 +240,7 @@ class PruningCallback(L.Callback):
             self.pruner.admit(self._scored)
             self.pruner.hold(MaskSet.from_state(self._masks))
         elif self.from_zeros:
-            self.pruner.hold_zeros()
+            self.pruner.hold_zeros(empty=self.from_zeros == "all")
             self.plan.check_start(self.pruner.removed)
         self._mask_averages(trainer)
         self._logged.measure(self.pruner, self.round)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruneflow.channels.analysis import evaluating
-from pruneflow.parameters import Pattern, select
+from pruneflow.parameters import Pattern, Slot, select
 from pruneflow.processes import whole
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -45,6 +45,7 @@ class SparsityReport:
 
     Args:
         layers: The prunable tensors.
+        dense: Other trained tensors of two or more dimensions, which are not counted.
         parameters: All parameters of the model, biases and normalisation included.
         multiply_adds: Those of one forward pass of the dense model; None without an input.
         remaining_multiply_adds: Those that do not multiply by a pruned weight.
@@ -54,6 +55,7 @@ class SparsityReport:
     parameters: int
     multiply_adds: int | None = None
     remaining_multiply_adds: int | None = None
+    dense: tuple[LayerSparsity, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -72,8 +74,8 @@ class SparsityReport:
 
     @property
     def remaining(self) -> int:
-        """All parameters but the zeros among the prunable weights."""
-        return self.parameters - self.zeros
+        """All parameters but the zeros among the prunable weights and the other trained tensors."""
+        return self.parameters - self.zeros - sum(layer.zeros for layer in self.dense)
 
     @property
     def compression_ratio(self) -> float:
@@ -98,6 +100,13 @@ class SparsityReport:
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
             for row in rows
         ]
+        if self.dense:
+            others = ", ".join(
+                f"{layer.name} ({layer.weights / self.parameters:.1%} of all parameters, "
+                f"{layer.sparsity:.2%} zeros)"
+                for layer in self.dense
+            )
+            lines.append(f"Not counted: {others}")
         lines.append(
             f"{self.remaining:,} of {self.parameters:,} parameters remain: "
             f"compression ratio {self.compression_ratio:.2f}"
@@ -122,6 +131,10 @@ def sparsity(
         include: See `parameters.select`.
         exclude: See `parameters.select`.
 
+    Warns:
+        UserWarning: If more than a tenth of all parameters is not counted, though neither `include`
+            nor `exclude` speaks of it.
+
     Example:
         >>> layer = nn.Linear(4, 1)
         >>> _ = layer.weight.data.copy_(torch.tensor([0.0, 1.0, 0.0, 2.0]))
@@ -141,7 +154,8 @@ def sparsity_report(
 ) -> SparsityReport:
     """Count exact zeros, and with an input the multiply-adds, as Blalock et al. ask.
 
-    Frozen tensors, such as a teacher's, do not count, unless everything is frozen.
+    Frozen tensors, such as a teacher's, do not count, unless everything is frozen. Trained tensors
+    of two or more dimensions that are not prunable are listed as not counted, in `dense`.
 
     A multiply-add is saved where a `Linear` or convolution multiplies by a zero weight; those of
     recurrent and attention layers' own kernels are counted as dense.
@@ -167,14 +181,11 @@ def sparsity_report(
         https://arxiv.org/abs/2003.03033.
     """
     selection = select(model, include, exclude)
+    selection.warn_overlooked()
     slots = selection.slots or selection.frozen
-    layers = tuple(
-        LayerSparsity(name, tuple(weight.shape), weight.numel(), int(whole((weight == 0).sum())))
-        for name, weight in ((name, slot.weight) for name, slot in slots.items())
-    )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    layers, dense = _count_zeros(slots), _count_zeros(selection.dense)
     if example_input is None:
-        return SparsityReport(layers, parameters)
+        return SparsityReport(layers, selection.parameters, dense=dense)
     per_module = multiply_adds_per_module(model, example_input)
     prefixes = {module: name for name, module in model.named_modules()}
     saved = 0.0
@@ -182,7 +193,14 @@ def sparsity_report(
         if isinstance(slot.module, COUNTED) and slot.attribute == "weight":
             saved += layer.sparsity * per_module.get(prefixes[slot.module], 0)
     total = per_module[""]
-    return SparsityReport(layers, parameters, total, total - round(saved))
+    return SparsityReport(layers, selection.parameters, total, total - round(saved), dense)
+
+
+def _count_zeros(slots: Mapping[str, Slot]) -> tuple[LayerSparsity, ...]:
+    return tuple(
+        LayerSparsity(name, tuple(weight.shape), weight.numel(), int(whole((weight == 0).sum())))
+        for name, weight in ((name, slot.weight) for name, slot in slots.items())
+    )
 
 
 def multiply_adds_per_module(model: nn.Module, example_input: Tensor) -> dict[str, int]:
