@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -26,6 +26,17 @@ _WEIGHT_MODULES = (
 _RECURRENT_MODULES = (nn.RNNBase, nn.RNNCellBase)
 NORMS = (WeightNorm, SpectralNorm)  # hooks of the older form, from before parametrizations
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+# Class of a wrapper -> where the module is that it wraps. By name: to import them all takes long,
+# and not every installation has them.
+_WRAPPERS = {
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "_FabricModule": "_forward_module",
+}
 
 
 @dataclass(frozen=True)
@@ -75,25 +86,54 @@ class Selection:
     frozen: Mapping[str, Slot]
 
 
+def wrapped(module: nn.Module) -> str | None:
+    """The attribute in which a wrapper has what it wraps; None of what is no wrapper.
+
+    Wrappers are `torch.compile`, `DataParallel` and `DistributedDataParallel`, activation
+    checkpointing and offloading, `AveragedModel`, and what Lightning Fabric sets up.
+    """
+    for kind in type(module).__mro__:
+        attribute = _WRAPPERS.get(kind.__name__)
+        if attribute in module._modules:
+            return attribute
+    return None
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, by the names of the plain model.
+
+    Example:
+        >>> dict(named_modules(nn.DataParallel(nn.Sequential(nn.Flatten()))))["0"]
+        Flatten(start_dim=1, end_dim=-1)
+    """
+    names = {"": ""}
+    for path, module in model.named_modules():
+        inner = wrapped(module)
+        for child in module._modules:
+            plain = "" if child == inner else f".{child}"
+            names[f"{path}.{child}".lstrip(".")] = f"{names[path]}{plain}".lstrip(".")
+        yield names[path], module
+
+
 def locate(model: nn.Module) -> dict[str, Slot]:
     """Every parameter of `model` once, by its canonical name.
 
-    Canonical names are those of the plain model: without what `torch.compile` puts into them
-    (`_orig_mod.`) and without the `_orig` of `torch.nn.utils.prune`. A tied parameter goes by its
-    first name.
+    Canonical names are those of the plain model: without what wrappers put into them, such as
+    `torch.compile` (`_orig_mod.`), and without the `_orig` of `torch.nn.utils.prune`. A tied
+    parameter goes by its first name.
 
     Example:
         >>> list(locate(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
         ['0.weight', '0.bias']
     """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 plain = attribute.removesuffix("_orig")
                 if plain != attribute and _reparametrized(module, plain):
                     attribute = plain
-                name = f"{prefix}.{attribute}".lstrip(".").replace("_orig_mod.", "")
+                name = f"{prefix}.{attribute}".lstrip(".")
                 places.setdefault(id(parameter), []).append((name, module, attribute))
     return {first[0]: Slot(first[1], first[2], tuple(others)) for first, *others in places.values()}
 
@@ -174,7 +214,7 @@ def check_computed(model: nn.Module, exclude: Sequence[Pattern]) -> None:
     excluded = {name for pattern in exclude for name in _matching(pattern, slots, slots)}
     trained = [n for n, s in slots.items() if s.parameter.requires_grad and n not in excluded]
     computed = []
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, NORMS)]
         for attribute in (*getattr(module, "parametrizations", ()), *(h.name for h in hooks)):
             path = f"{prefix}." if prefix else ""

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Subset
 from two_layers import Points
@@ -172,6 +173,25 @@ def test_resumes_with_the_same_masks_and_plan_position(
         assert when == "mid_epoch" or torch.equal(value, expected[name])
     saved = torch.load(path, weights_only=True)
     assert set(saved["state_dict"]) == set(expected)
+
+
+@both
+def test_masks_of_the_plain_model_go_into_a_wrapped_one_and_back(
+    model, batches, trainer, tmp_path, masking
+):
+    def wrapped():
+        network = type(model)()
+        network.body = checkpoint_wrapper(network.body)
+        return network
+
+    held = []
+    for epochs, network in ((1, model), (2, wrapped()), (3, type(model)())):
+        pruning = PruningCallback(lambda r: 0.3 * r, include=["body.*"], masking=masking())
+        fit = trainer(pruning, max_epochs=epochs)
+        fit.fit(network, batches, ckpt_path=tmp_path / "last.ckpt" if held else None)
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        held.append(pruning.sparsity)
+    assert held == pytest.approx([0.3, 0.6, 0.9])
 
 
 def test_state_of_a_checkpoint_that_was_only_tested_is_forgotten(model, batches, trainer, tmp_path):
