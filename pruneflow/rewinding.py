@@ -60,7 +60,7 @@ class LearningRateSnapshot:
             schedulers, self._schedulers, lambda place: _Scheduler(schedulers[place].state_dict())
         )
         for scheduler, known in self._schedulers.items():
-            known.owners = known.owners or _owners(scheduler.optimizer)
+            known.owners = known.owners or _owners(_optimizer(scheduler))
 
     def restore(self, optimizers: Sequence[Optimizer], schedulers: Schedulers) -> None:
         """Put the learning rates and schedulers back as they were."""
@@ -116,7 +116,7 @@ class _Scheduler:
         if self.owners is None:  # known by its place alone
             return state
         places = {id(owner): place for place, owner in enumerate(self.owners)}
-        order = [places.get(id(owner)) for owner in _owners(scheduler.optimizer)]
+        order = [places.get(id(owner)) for owner in _owners(_optimizer(scheduler))]
         return _fit(state, scheduler.state_dict(), order, len(self.owners))
 
 
@@ -131,9 +131,14 @@ def _of_each(
     return found
 
 
-def _owners(optimizer: Optimizer) -> list[Any]:
+def _owners(optimizer: Optimizer | None) -> list[Any]:
     """What tells the groups apart, some of which may come or go: the first parameter of each."""
-    return [next(iter(group["params"]), object()) for group in optimizer.param_groups]
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [next(iter(group["params"]), object()) for group in groups]
+
+
+def _optimizer(scheduler: Any) -> Optimizer | None:
+    return getattr(scheduler, "optimizer", None)  # a user's own may go without
 
 
 def _hyperparameters(optimizer: Optimizer, place: int) -> dict[str, Any]:

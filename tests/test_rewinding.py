@@ -211,6 +211,24 @@ def test_optimizers_and_schedulers_that_came_later_go_back_to_where_they_came():
     assert len(snapshot.state()["groups"]) == 1
 
 
+def test_a_scheduler_need_not_know_its_optimizer():
+    class Counter:
+        def __init__(self):
+            self.count = 0
+
+        def state_dict(self):
+            return dict(vars(self))
+
+        def load_state_dict(self, state):
+            vars(self).update(state)
+
+    optimizer, counter = three_groups(), Counter()
+    snapshot = stored(LearningRateSnapshot([optimizer], [counter]))
+    counter.count = 5
+    snapshot.restore([optimizer], [counter])
+    assert counter.count == 0
+
+
 def test_a_learning_rate_in_a_tensor_stays_in_it():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=torch.tensor(0.5))
     rate = optimizer.param_groups[0]["lr"]
