@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from pruneflow.arguments import check_arguments
+from pruneflow.arguments import check_arguments, plain_costs
 from pruneflow.companions import check_averages, check_disjoint, denser_choices
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
@@ -23,7 +23,7 @@ from pruneflow.processes import decide
 from pruneflow.pruner import Pruner
 from pruneflow.resuming import VERSION, check_state, method_state
 from pruneflow.rewinding import LearningRateSnapshot, OptimizerState, check_optimizer_state
-from pruneflow.schedules import ScheduleLike
+from pruneflow.schedules import ScheduleLike, plain_number
 from pruneflow.scope import Scope
 from pruneflow.torch_methods import TorchMethod
 from pruneflow.trainers import (
@@ -66,7 +66,8 @@ class PruningCallback(L.Callback):
         steps_per_round: Steps from one round to the next.
         masking: How masks are held; `InPlace()` unless given.
         rewind: `"learning_rate"` starts the learning-rate schedule again in every round, from where
-            it stood when training began; None leaves it alone.
+            it stood when training began (for parameter groups and schedulers that came later, when
+            they came); None leaves it alone.
         optimizer_state: What happens to momentum and the like after each prune: `"zero_pruned"`,
             `"reset"` or `"keep"`; see `Pruner`.
         from_zeros: Hold the exact zeros that the weights have when training starts, to go on with
@@ -107,6 +108,7 @@ class PruningCallback(L.Callback):
         optimizer_state: OptimizerState = "zero_pruned",
         from_zeros: bool | Literal["all"] = False,
     ) -> None:
+        schedule = plain_number(schedule)
         check_arguments(schedule, importance, gradients, rewind, from_zeros=from_zeros)
         check_optimizer_state(optimizer_state)
         self.schedule = schedule
@@ -115,7 +117,7 @@ class PruningCallback(L.Callback):
         self.importance = importance
         self.gradients = gradients
         self.granularity = granularity
-        self.costs = costs
+        self.costs = costs if costs is None or callable(costs) else plain_costs(costs)
         self.scope = scope
         self.include = include
         self.exclude = exclude
@@ -195,7 +197,7 @@ class PruningCallback(L.Callback):
             if example is None:
                 example = example_input(trainer, pl_module)
             # Times differ from process to process.
-            self._costs = decide(lambda: measure(pl_module, example), [])
+            self._costs = decide(lambda: plain_costs(measure(pl_module, example)), [])
         self.pruner = Pruner(
             pl_module,
             importance=self.importance,
@@ -234,8 +236,12 @@ class PruningCallback(L.Callback):
         assert self.plan is not None and self.pruner is not None  # made when fit began
         self._take_restored()  # some strategies load a checkpoint only now
         self._logged.epoch = None  # none of this fit yet
-        if self.rewind and self._learning_rate is None:
-            self._learning_rate = LearningRateSnapshot(trainer.optimizers, schedulers(trainer))
+        if self.rewind:
+            if self._learning_rate is None:
+                self._learning_rate = LearningRateSnapshot([], [])
+            self._learning_rate.follow(trainer.optimizers, schedulers(trainer))
+            if trainer.checkpoint_callbacks:
+                self._learning_rate.state()  # refuses now what the first checkpoint would
         if self._masks:
             self.pruner.admit(self._scored)
             self.pruner.hold(MaskSet.from_state(self._masks))
@@ -263,6 +269,8 @@ class PruningCallback(L.Callback):
         """Prune if a round is due at this step."""
         assert self.pruner is not None  # made when fit began
         self.pruner.follow(trainer.optimizers)
+        if self._learning_rate is not None:
+            self._learning_rate.follow(trainer.optimizers, schedulers(trainer))
         # A training that resumes within an epoch does not start it, but has to prune and log.
         if self._run_due_rounds(trainer) or self._logged.epoch != trainer.current_epoch:
             self._logged.log(trainer, pl_module, _logged(trainer))
@@ -392,6 +400,8 @@ class PruningCallback(L.Callback):
                 self._masks, self._scored = self.pruner.masks.state(), list(self.pruner.scored)
             self.pruner.remove()
             self.pruner = None
+        if self._learning_rate is not None:
+            self._learning_rate.release()
 
 
 def pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pruneflow.layer_types import input_dim, is_weight
-from pruneflow.parameters import NORMS, Pattern, Slot, locate, matching
+from pruneflow.parameters import NORMS, Pattern, Slot, locate, matching, named_modules
 from pruneflow.processes import is_sharded
 
 _MULTIPLIES = ("conv", "linear", "matmul", "mm", "einsum")  # in the names of functions
@@ -31,7 +31,7 @@ def check_computed(model: nn.Module, exclude: Sequence[Pattern]) -> None:
     excluded = {name for pattern in exclude for name in matching(pattern, slots)}
     trained = [n for n, s in slots.items() if s.parameter.requires_grad and n not in excluded]
     computed = []
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, NORMS)]
         for attribute in (*getattr(module, "parametrizations", ()), *(h.name for h in hooks)):
             path = f"{prefix}." if prefix else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import combinations
@@ -23,6 +23,17 @@ Pattern = str | type[nn.Module]
 NORMS = (WeightNorm, SpectralNorm)  # hooks of the older form, from before parametrizations
 _MOST_DENSE = 0.1  # share of all parameters that may stay dense without a warning
 _MOST_NAMES = 8  # of tensors of repeated blocks, beyond which they are listed as one
+# Class of a wrapper -> where the module is that it wraps. By name: to import them all takes long,
+# and not every installation has them.
+_WRAPPERS = {
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "AveragedModel": "module",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+    "_FabricModule": "_forward_module",
+}
 
 
 @dataclass(frozen=True)
@@ -139,25 +150,54 @@ class Places:
         return any(table.get(name) is not value for table, name, value in self._entries)
 
 
+def wrapped(module: nn.Module) -> str | None:
+    """The attribute in which a wrapper has what it wraps; None of what is no wrapper.
+
+    Wrappers are `torch.compile`, `DataParallel` and `DistributedDataParallel`, activation
+    checkpointing and offloading, `AveragedModel`, and what Lightning Fabric sets up.
+    """
+    for kind in type(module).__mro__:
+        attribute = _WRAPPERS.get(kind.__name__)
+        if attribute in module._modules:
+            return attribute
+    return None
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, by the names of the plain model.
+
+    Example:
+        >>> dict(named_modules(nn.DataParallel(nn.Sequential(nn.Flatten()))))["0"]
+        Flatten(start_dim=1, end_dim=-1)
+    """
+    names = {"": ""}
+    for path, module in model.named_modules():
+        inner = wrapped(module)
+        for child in module._modules:
+            plain = "" if child == inner else f".{child}"
+            names[f"{path}.{child}".lstrip(".")] = f"{names[path]}{plain}".lstrip(".")
+        yield names[path], module
+
+
 def locate(model: nn.Module) -> dict[str, Slot]:
     """Every parameter of `model` once, by its canonical name.
 
-    Canonical names are those of the plain model: without what `torch.compile` puts into them
-    (`_orig_mod.`) and without the `_orig` of `torch.nn.utils.prune`. A tied parameter goes by its
-    first name.
+    Canonical names are those of the plain model: without what wrappers put into them, such as
+    `torch.compile` (`_orig_mod.`), and without the `_orig` of `torch.nn.utils.prune`. A tied
+    parameter goes by its first name.
 
     Example:
         >>> list(locate(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
         ['0.weight', '0.bias']
     """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 plain = attribute.removesuffix("_orig")
                 if plain != attribute and _reparametrized(module, plain):
                     attribute = plain
-                name = f"{prefix}.{attribute}".lstrip(".").replace("_orig_mod.", "")
+                name = f"{prefix}.{attribute}".lstrip(".")
                 places.setdefault(id(parameter), []).append((name, module, attribute))
     return {first[0]: Slot(first[1], first[2], tuple(others)) for first, *others in places.values()}
 

@@ -1,10 +1,16 @@
 import pytest
 import torch
 import torchvision
-from torch import nn
+from lightning.fabric import Fabric
+from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
-from pruneflow import layer_types
+from pruneflow import Pruner, layer_types
 from pruneflow.parameters import check_storage, locate, select
 
 
@@ -271,3 +277,66 @@ def test_names_do_not_show_compilation_or_torch_prune():
     slot = locate(torch.compile(model))["0.weight"]
     assert slot.parameter is model[0].weight_orig
     assert int((slot.weight == 0).sum()) == 2
+
+
+class Named(nn.Module):
+    """Its layers have the names that wrappers give to what they wrap."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self._forward_module = nn.Linear(4, 4)
+        self.not_orig_mod = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.not_orig_mod(self._forward_module(self.module(x)))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def within(wrap):
+    """Wrap the layers of a model, not the model."""
+
+    def wrapping(model):
+        model.module[1] = wrap(model.module[1])
+        model.module = wrap(model.module)
+        return model
+
+    return wrapping
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+        torch.compile,
+        checkpoint_wrapper,
+        offload_wrapper,
+        AveragedModel,
+        lambda model: Fabric(accelerator="cpu").setup(model),
+        lambda model: Fabric(accelerator="cpu").setup(torch.compile(model)),
+        lambda model: nn.DataParallel(torch.compile(checkpoint_wrapper(model))),
+        within(nn.DataParallel),
+        within(torch.compile),
+        within(checkpoint_wrapper),
+        within(lambda layer: AveragedModel(checkpoint_wrapper(layer))),
+    ],
+)
+def test_names_are_those_of_the_plain_model_in_any_wrapper(one_process, wrap):
+    plain, model = Named(), wrap(Named())
+    assert list(locate(model)) == list(locate(plain))
+    assert names(model, ["module.*"], ["module.1.*"]) == ["module.0.weight"]
+    pruner, other = Pruner(plain, optimizers=[]), Pruner(model, optimizers=[])
+    masks = pruner.prune_to(0.5)
+    other.hold(masks)
+    for name, slot in locate(model).items():
+        assert name not in masks or torch.equal(slot.parameter != 0, masks[name])
+    pruner.hold(other.prune_to(0.75))
+    assert pruner.masks.sparsity == 0.75
+    pruner.apply_to(model)
