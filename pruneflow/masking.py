@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from pruneflow.masks import MaskSet
 from pruneflow.parameters import NORMS, Places, Slot, locate
 from pruneflow.processes import is_sharded, local, reshard
 
-# Held parameter -> by what, and under which name.
-_HOLDERS: MutableMapping[Tensor, dict[Masking, str]] = WeakTensorKeyDictionary()
+# Held parameter -> by what, and under which name. Weak, or models would never be freed.
+_HOLDERS: MutableMapping[Tensor, WeakKeyDictionary[Masking, str]] = WeakTensorKeyDictionary()
 
 
 class Masking(Protocol):
@@ -109,7 +110,7 @@ class InPlace:
         for name, (parameter, bits) in self._held.items():
             bits.copy_(masks[name]).neg_()
             _clear(parameter.detach(), bits)
-            _clear_gradient(parameter, bits)
+            _clear_gradient(bits, parameter)
 
     def refresh(self) -> None:
         """Hold the parameters that the model has now, where others have taken their places.
@@ -130,8 +131,8 @@ class InPlace:
     @torch.no_grad()
     def clear(self) -> None:
         """Zero the pruned weights again, where something has moved them."""
-        for name, (parameter, _) in self._held.items():
-            _clear(parameter.detach(), self._bits(name))
+        for parameter, bits in self._held.values():
+            _clear(parameter.detach(), bits)
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks."""
@@ -153,10 +154,11 @@ class InPlace:
         # The same memory layout as the weight, so that each pass runs straight through both.
         bits = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
         self._held[name], self._names[id(parameter)] = (parameter, bits), name
-        _HOLDERS.setdefault(parameter, {})[self] = name
+        _HOLDERS.setdefault(parameter, WeakKeyDictionary())[self] = name
         trained = parameter.requires_grad  # a frozen tensor takes no hook, and may thaw
         parameter.requires_grad_()
-        hook = partial(self._after_gradient, name)
+        # Without `self`, which holds the parameter: such a circle would never be freed.
+        hook = partial(_clear_gradient, bits)
         self._gradient_hooks[name] = parameter.register_post_accumulate_grad_hook(hook)
         parameter.requires_grad_(trained)
         return bits
@@ -171,16 +173,6 @@ class InPlace:
             self._load_hooks[module] = module.register_load_state_dict_post_hook(hook)
         self._places = Places(self._model)
 
-    def _bits(self, name: str) -> Tensor:
-        parameter, bits = self._held[name]
-        if bits.device != parameter.device:  # `model.to(device)` leaves the parameter the same
-            bits = bits.to(parameter.device)
-            self._held[name] = parameter, bits
-        return bits
-
-    def _after_gradient(self, name: str, parameter: Tensor) -> None:
-        _clear_gradient(parameter, self._bits(name))
-
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.refresh()
@@ -193,7 +185,7 @@ class InPlace:
             if name is not None:
                 # `data` has a version of its own, so that autograd does not take this for a change:
                 # the optimizer has told it of its own, and of others there are none.
-                _clear(parameter.data, self._bits(name))
+                _clear(parameter.data, self._held[name][1])
 
 
 class _AfterLoad:
@@ -324,7 +316,7 @@ class Reparametrize:
 
 def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:
     """The masks that others than `masking` hold on a parameter, zero = pruned."""
-    holders = _HOLDERS.get(parameter, {})
+    holders = _HOLDERS.get(parameter) or {}
     return [holder.held[name] for holder, name in holders.items() if holder is not masking]
 
 
@@ -334,6 +326,8 @@ _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 def _clear(tensor: Tensor, bits: Tensor) -> None:
     """Zero a dense tensor where the bits are 0."""
     tensor, bits = local(tensor), local(bits)
+    if bits.device != tensor.device:  # `model.to(device)` leaves the parameter the same
+        bits.data = bits.to(tensor.device)
     if tensor.is_complex():
         tensor.masked_fill_(bits == 0, 0)
         return
@@ -344,7 +338,7 @@ def _clear(tensor: Tensor, bits: Tensor) -> None:
 
 
 @torch.no_grad()
-def _clear_gradient(parameter: Tensor, bits: Tensor) -> None:
+def _clear_gradient(bits: Tensor, parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient is None:  # a hook before this one may have stepped, and dropped it
         return

@@ -1,6 +1,8 @@
 """One conformance suite for both ways to hold masks."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -417,6 +419,18 @@ def test_copies_of_a_held_model_are_free(tmp_path):
         assert sparsity(twin) == 0.5
         twin.load_state_dict(dense)
         assert sparsity(twin) == 0
+
+
+@both
+def test_a_model_that_is_no_longer_used_is_freed(masking):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = Pruner(model, optimizers=[optimizer], masking=masking())
+    pruner.prune_to(0.5)
+    weight = weakref.ref(model[0].weight)
+    del model, optimizer, pruner
+    gc.collect()
+    assert weight() is None
 
 
 def test_in_place_follows_a_model_to_another_dtype():
