@@ -316,7 +316,7 @@ class Reparametrize:
 
 def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:
     """The masks that others than `masking` hold on a parameter, zero = pruned."""
-    holders = _HOLDERS.get(parameter) or {}
+    holders: Mapping[Masking, str] = _HOLDERS.get(parameter, {})
     return [holder.held[name] for holder, name in holders.items() if holder is not masking]
 
 
