@@ -159,8 +159,8 @@ class Channels:
                 "`example_input` must be what the model takes, got None; give "
                 "Channels(example_input), or set `self.example_input_array` in the LightningModule"
             )
-        shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
         coupling = find_coupling(model, self.example_input)
+        shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
         return CoupledChannels(coupling, shapes, names)
 
 

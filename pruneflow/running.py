@@ -120,7 +120,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     """
     kinds: list[tuple[nn.Module, type]] = []
     containers: list[tuple[Any, list[Any]]] = []
-    tensors: list[tuple[Tensor, Tensor, Tensor]] = []
+    tensors: list[tuple[Tensor, Tensor, Tensor, bool]] = []
     seen, pending = set(), [model]
     while pending:
         value: Any = pending.pop()
@@ -132,7 +132,8 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             value = vars(value)
         if isinstance(value, Tensor):
             if _is_plain(value):
-                tensors.append((value, value.data, value.detach().clone()))
+                values = value.detach().clone()
+                tensors.append((value, value.data, values, value.requires_grad))
         elif isinstance(value, dict | list | set | deque):
             containers.append((value, _contents(value)))
             pending.extend(value.values() if isinstance(value, dict) else value)
@@ -147,7 +148,9 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             now = _contents(container)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True)):
                 _refill(container, before)
-        for tensor, memory, values in tensors:
+        for tensor, memory, values, trained in tensors:
+            if tensor.requires_grad is not trained:
+                tensor.requires_grad_(trained)
             if not tensor.is_set_to(memory):
                 tensor.data = memory
             if not torch.equal(_bytes(memory), _bytes(values)):
@@ -166,7 +169,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     # So that NaN is the same as NaN.
-    return tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _contents(container: Any) -> list[Any]:

@@ -215,7 +215,7 @@ def test_layers_that_are_left_out_keep_their_channels():
 
 def test_says_what_channels_need():
     model = small_resnet()
-    with pytest.raises(ValueError, match="`example_input` must be .* got None"):
+    with pytest.raises(ValueError, match=r"`example_input` must be .* got None"):
         Pruner(model, granularity=Channels(), optimizers=[])
     with pytest.raises(ValueError, match="'global' or 'layer' for channels"):
         Pruner(model, granularity=Channels(IMAGE), scope={"all": ["*"]}, optimizers=[]).prune_to(

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from pruneflow.channels.analysis import analyse, check_same, outputs, owned, plain
-from pruneflow.channels.rules import NORMS, Carried
+from pruneflow.channels.rules import NORMS, Carried, laid_out_as
 from pruneflow.channels.tracing import trace
 from pruneflow.running import Example, evaluating
 
@@ -83,6 +83,8 @@ def find_coupling(model: nn.Module, example_input: Example) -> Coupling:
         for rule in rules:
             if isinstance(rule, Carried) and rule.has_size_in_code:
                 flow.pin(rule.node)
+            elif isinstance(rule, Carried) and rule.drops_one:
+                flow.pin(rule.node, 1)  # beside the one that stays of each family
         unit_of = flow.units()
         entries = [
             (entry, unit.cpu())
@@ -274,12 +276,11 @@ def _entries(tensor: Tensor, kept: Mapping[int, Tensor], parameter: Tensor | Non
 
     Where a state of an optimizer has one entry for all those of its parameter, it stays.
     """
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    result = tensor.detach().permute(order)
+    result = tensor.detach()
     for dim, indices in kept.items():
         if parameter is None or tensor.shape[dim : dim + 1] == parameter.shape[dim : dim + 1]:
-            result = result.index_select(order.index(dim), indices.to(tensor.device))
-    return result.permute([order.index(dim) for dim in range(tensor.dim())])
+            result = result.index_select(dim, indices.to(tensor.device))
+    return laid_out_as(result, tensor)
 
 
 def _follows(value: Any, parameter: Tensor) -> bool:

@@ -12,7 +12,7 @@ from pruneflow.channels.analysis import analyse, check_same, outputs, owned, pla
 from pruneflow.channels.flow import Flow
 from pruneflow.channels.layers import Weighted
 from pruneflow.channels.operations import SUMS, makes_a_new_tensor
-from pruneflow.channels.rules import Rule
+from pruneflow.channels.rules import Carried, Rule
 from pruneflow.channels.tracing import (
     Storage,
     given_tensors,
@@ -158,6 +158,11 @@ def _settle(flow: Flow, rules: list[Rule]) -> None:
     for channels in flow.values.values():
         if not flow.kept(channels).any():  # not all backends take tensors without any
             flow.keep(int(channels.atoms[0]))
+    for rule in rules:
+        if isinstance(rule, Carried) and rule.drops_one:
+            channels = flow.values[rule.node]
+            if flow.kept(channels).sum() == 1:
+                flow.keep(int(channels.atoms[~flow.kept(channels)][0]))
     for rule in rules:
         if isinstance(rule, Weighted):
             flow.round_up(rule.result)
