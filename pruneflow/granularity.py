@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pruneflow.channels.coupling import find_coupling
 from pruneflow.layer_types import input_dim
 from pruneflow.parameters import Slot, locate
+from pruneflow.running import Example
 from pruneflow.units import Blocks, CoupledChannels, Units
 
 
@@ -174,8 +175,9 @@ class Channels:
     removed no longer does.
 
     Args:
-        example_input: What the model takes, to follow the channels through its forward pass. None
-            for the `example_input_array` of a LightningModule.
+        example_input: What the model takes, to follow the channels through its forward pass: a
+            tensor, a tuple of positional arguments or a dict of keyword arguments. None for the
+            `example_input_array` of a LightningModule.
 
     Example:
         >>> from pruneflow import Pruner
@@ -190,7 +192,7 @@ class Channels:
         https://arxiv.org/abs/2301.12900.
     """
 
-    example_input: Tensor | None = field(default=None, repr=False)
+    example_input: Example | None = field(default=None, repr=False)
 
     def couple(self, model: nn.Module, names: Collection[str]) -> CoupledChannels:
         """Find the channels of a model that the pruning of some of its weights can remove.
@@ -203,15 +205,13 @@ class Channels:
             ValueError: If there is no example input, torch.fx cannot trace the model, or no channel
                 can be removed.
         """
-        if not isinstance(self.example_input, Tensor):
-            came = type(self.example_input).__name__
+        if self.example_input is None:
             raise ValueError(
-                f"`example_input` is expected to be a tensor the model takes, but {came} came; "
-                "give Channels(example_input), or set `self.example_input_array` in the "
-                "LightningModule"
+                "`example_input` must be what the model takes, got None; give "
+                "Channels(example_input), or set `self.example_input_array` in the LightningModule"
             )
-        shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
         coupling = find_coupling(model, self.example_input)
+        shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
         return CoupledChannels(coupling, shapes, names)
 
 

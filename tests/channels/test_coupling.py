@@ -334,6 +334,9 @@ def test_a_view_without_a_number_lets_channels_go(joined):
     assert members(model, torch.zeros(3, 2))["b.weight", 1] == [0, 1, 2, 3]
 
 
+MODES = []
+
+
 class Network(L.LightningModule):
     """Notes things while it runs."""
 
@@ -343,11 +346,11 @@ class Network(L.LightningModule):
             nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout()
         )
         self.head = nn.Linear(6, 2)
-        self.seen, self.modes = None, []
+        self.seen = None
 
     def forward(self, images):
         self.seen = images
-        self.modes.append((self.training, torch.is_grad_enabled()))
+        MODES.append((self.training, torch.is_grad_enabled()))
         self.noise = torch.rand(1)
         x = self.body(images) + torch.zeros(1)
         return self.head(x.mean((2, 3)))
@@ -376,7 +379,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name])
     assert torch.is_grad_enabled()
-    assert set(model.modes[1:]) == {(False, False)}
+    assert set(MODES[1:]) == {(False, False)}
 
 
 def test_a_compiled_model_is_the_model_it_wraps():
