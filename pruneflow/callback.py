@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.arguments import check_arguments, plain_costs
@@ -28,8 +30,10 @@ from pruneflow.scope import Scope
 from pruneflow.torch_methods import TorchMethod
 from pruneflow.trainers import (
     averaged_models,
+    check_steps,
     check_strategy,
     example_input,
+    let_go,
     schedulers,
     training_length,
 )
@@ -127,7 +131,7 @@ class PruningCallback(L.Callback):
         self.from_zeros = from_zeros
         self.plan: Plan | None = None
         self.pruner: Pruner | None = None
-        self._model: L.LightningModule | None = None
+        self._model: weakref.ref[L.LightningModule] | None = None  # of the last fit
         self._restored: Mapping[str, Any] | None = None
         self._start_over()
 
@@ -138,6 +142,10 @@ class PruningCallback(L.Callback):
         self._learning_rate: LearningRateSnapshot | None = None
         self._logged = Logged()
         self._costs: Mapping[str, float] | None = None
+        self._validated = False  # since the last training step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_model": None}  # which goes into no other process
 
     @property
     def state_key(self) -> str:
@@ -157,6 +165,12 @@ class PruningCallback(L.Callback):
     def cost_per_weight(self) -> Mapping[str, float] | None:
         """Qualified name -> cost of each weight; None where weights are counted, or before fit."""
         return self._costs if callable(self.costs) else self.costs
+
+    @torch.inference_mode(False)
+    def enforce(self) -> None:
+        """Zero what is pruned once more, should anything have put other weights in its place."""
+        if self.pruner is not None and self.pruner.masking.held:
+            self.pruner.hold(self.pruner.masks)
 
     # -- Lightning calls these, in this order -----------------------------------------------------
 
@@ -182,9 +196,9 @@ class PruningCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay the plan, check it against model and training, and print it."""
         check_strategy(trainer)
-        if self._model is not pl_module:
+        if self._model is None or self._model() is not pl_module:
             self._start_over()
-        self._model = pl_module
+        self._model = weakref.ref(pl_module)
         self._learning_rate = None  # of another fit's optimizers
         finished = self.plan is not None and self.round == len(self.plan.rounds)
         granularity, given = self.granularity, None
@@ -217,6 +231,7 @@ class PruningCallback(L.Callback):
         else:
             length = training_length(trainer, pl_module, self.clock, has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
+            check_steps(trainer, pl_module, self.plan)
             if self.plan.rounds:
                 self.pruner.check(self.plan.rounds[-1].sparsity)
             table = self.plan.table(None if self.costs else self.pruner.weights)
@@ -269,6 +284,9 @@ class PruningCallback(L.Callback):
         """Prune if a round is due at this step."""
         assert self.pruner is not None  # made when fit began
         self.pruner.follow(trainer.optimizers)
+        if self._validated:
+            self.enforce()
+            self._validated = False
         if self._learning_rate is not None:
             self._learning_rate.follow(trainer.optimizers, schedulers(trainer))
         # A training that resumes within an epoch does not start it, but has to prune and log.
@@ -280,6 +298,19 @@ class PruningCallback(L.Callback):
         if self.pruner is not None and not (trainer.sanity_checking or trainer.barebones):
             # Not to the logger, which gets the same numbers at the epoch's end.
             self._logged.log_totals(pl_module, _logged(trainer), logger=False)
+        self._validated = True
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Mask once more, as some optimizers put other weights in place for validation."""
+        if batch_idx == 0:
+            self.enforce()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
@@ -322,6 +353,11 @@ class PruningCallback(L.Callback):
             self._remove()
         except Exception as error:
             exception.add_note(f"pruneflow could not remove its masks after this: {error!r}")
+        let_go(self)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep no hold on the model."""
+        let_go(self)
 
     # ---------------------------------------------------------------------------------------------
 

@@ -1,7 +1,11 @@
 import csv
+import gc
 import io
 import json
 import logging
+import pickle
+import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import lightning as L
@@ -104,6 +108,34 @@ def test_a_plan_that_cannot_finish_is_refused_before_training(model, batches, tr
     with pytest.raises(ValueError, match=r"near names: body"):
         trainer(PruningCallback(OneShot(0.9), exclude=["bdoy.*"])).fit(model, batches)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "needed"),
+    [
+        (dict(max_steps=16), 16),  # 4 steps an epoch, and round 3 is at the start of the fifth
+        (dict(max_steps=16, max_epochs=-1), 16),
+        (dict(max_steps=8, max_epochs=20, accumulate_grad_batches=2), 8),
+        (dict(max_steps=8, accumulate_grad_batches=3), 8),
+        (dict(max_steps=4, limit_train_batches=1), 4),
+    ],
+)
+def test_steps_that_end_before_the_last_round_are_refused(model, batches, trainer, kwargs, needed):
+    def pruning():
+        return PruningCallback(Linear(0.9, 3), start_epoch=2)
+
+    before = model.body.weight.clone()
+    with pytest.raises(ValueError, match=rf"`max_steps` must leave .* raise it above {needed},"):
+        trainer(pruning(), **kwargs).fit(model, batches)
+    assert torch.equal(model.body.weight, before)
+    trainer(pruning(), **(kwargs | dict(max_steps=needed + 1))).fit(model, batches)
+    assert sparsity(model) == 0.9
+
+
+def test_a_function_gets_as_many_rounds_as_fit_the_steps(model, batches, trainer):
+    pruning = PruningCallback(lambda round: 0.3 * round)
+    trainer(pruning, max_epochs=-1, max_steps=9).fit(model, batches)
+    assert len(pruning.plan.rounds) == pruning.round == 3
 
 
 def test_logs_sparsity_to_the_logger_and_the_progress_bar(model, batches, trainer, tmp_path):
@@ -511,6 +543,29 @@ def test_a_second_fit_holds_the_zeros_and_a_new_model_starts_over(model, batches
     other, watch = type(model)(), Watch()
     trainer(pruning, watch, max_epochs=4).fit(other, batches)
     assert watch.seen == [0, 0, 0.8, 0.8]
+
+
+@both
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_let_go_after_training(batches, trainer, tmp_path, masking, fails):
+    class Fail(TwoLayers):
+        def on_train_epoch_end(self):
+            if fails and self.trainer.current_epoch == 1:
+                raise RuntimeError("the disk is full")
+
+    pruning = PruningCallback(Linear(0.8, 2), masking=masking(), rewind="learning_rate")
+    best = SparsityCheckpoint(monitor="val_accuracy", mode="max", dirpath=tmp_path)
+    network, loader = Fail(), batches.train_dataloader()
+    with pytest.raises(RuntimeError, match="full") if fails else nullcontext():
+        fit = trainer(pruning, best, max_epochs=3, enable_checkpointing=True)
+        fit.fit(network, loader, loader)
+    alive = weakref.ref(network.body.weight)
+    del network, fit, loader
+    gc.collect()
+    assert alive() is None
+    assert pruning.sparsity == 0.8
+    copied = pickle.loads(pickle.dumps(pruning))
+    assert copied.state_dict()["learning_rate"] == pruning.state_dict()["learning_rate"]
 
 
 def test_validate_test_and_predict_never_prune(model, batches, trainer):
