@@ -143,7 +143,7 @@ class Experiment:
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
         for epochs in filter(None, (config.dense.epochs, self.schedule_epochs)):
-            self._classifier(self.network, epochs).configure_optimizers()  # refuses what is off
+            self._check_training(epochs)
 
     def run(self) -> Facts:
         """Run all stages and write the run folder.
@@ -273,6 +273,12 @@ class Experiment:
         # Every schedule has the same budget: split evenly, the remainder after the last round.
         clock = Clock(start=self.config.dense.epochs, every=epochs // rounds)
         return Plan.lay(self.schedule, clock, clock.start + epochs), clock
+
+    def _check_training(self, epochs: int) -> None:
+        """Build what trains for so many epochs, which refuses what is off."""
+        self._classifier(self.network, epochs)
+        optimizer = instantiate(self.config.optimizer)(self.network.parameters())
+        instantiate(self.config.lr_scheduler, epochs=epochs)(optimizer)
 
     def _classifier(self, network: nn.Module, epochs: int) -> Any:
         scheduler = instantiate(self.config.lr_scheduler, epochs=epochs)

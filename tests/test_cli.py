@@ -187,6 +187,24 @@ def test_a_remainder_of_epochs_trains_at_a_learning_rate_and_bfloat16_works(tmp_
     assert float(rows[0]["lr"]) == float(rows[2]["lr"]) == float(rows[4]["lr"])
 
 
+def test_each_stage_has_a_learning_rate_schedule_of_its_own_length(tmp_path):
+    pruneflow(
+        "dense.epochs=2",
+        "pruning.epochs=4",
+        "schedule.rounds=2",
+        "pruning.rewind=null",
+        "optimizer.lr=0.1",
+        "trainer.accumulate_grad_batches=2",
+        "deploy.batches=[]",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    expected = [0.1, 0.05, 0.1, 0.0853553, 0.05, 0.0146447]  # half a cosine, as epochs begin
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
 def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):
     pruneflow(
         "dense.epochs=1",
