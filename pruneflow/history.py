@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 import time
 from pathlib import Path
@@ -42,6 +43,7 @@ class History(L.Callback):
 
     Attributes:
         seconds: Wall time of the stage's epochs, without those that a kill broke off.
+        step: Optimizer steps since the whole run began, by which loggers go.
     """
 
     def __init__(self, path: Path, stage: str, rows: list[Row] | None = None) -> None:
@@ -49,19 +51,28 @@ class History(L.Callback):
         self.stage = stage
         self.rows = rows or []
         self.seconds = 0.0
+        self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and wall time so far."""
-        return {"rows": self.rows, "seconds": self.seconds}
+        """Rows, wall time and steps so far."""
+        return {"rows": self.rows, "seconds": self.seconds, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+        self.step = state_dict["step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the rows so far, also where a checkpoint leaves nothing to train."""
         self._began = time.perf_counter() - self.seconds
         self._write()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let loggers go on counting steps where the stage before ended, as epochs do."""
+        batches = trainer.num_training_batches
+        if batches != math.inf:
+            steps = math.ceil(batches / trainer.accumulate_grad_batches)
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.current_epoch * steps
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the learning rate that the epoch begins with."""
@@ -79,6 +90,7 @@ class History(L.Callback):
         }
         self.rows.append({name: fixed.get(name, measured.get(name)) for name in COLUMNS})
         self.seconds = time.perf_counter() - self._began
+        self.step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._write()
 
     def _write(self) -> None:
