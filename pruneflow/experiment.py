@@ -184,6 +184,7 @@ class Experiment:
         rounds, rows = self._rounds(rows)
 
         with self._timed("test"):
+            _log.info("Testing the dense and the pruned network")
             dense_accuracies, _ = self._evaluate(dense)
             accuracies, per_class = self._evaluate(self.network)
         self._log_tests(dense_accuracies, accuracies)
@@ -244,7 +245,8 @@ class Experiment:
     def _fit(
         self, stage: str, classifier: Any, start: int, end: int, rows: list[Row], *callbacks: Any
     ) -> list[Row]:
-        history = History(self.folder / "metrics.csv", stage, rows)
+        epochs = self.config.dense.epochs + self.config.pruning.epochs
+        history = History(self.folder / "metrics.csv", stage, rows, epochs)
         save = SaveEachEpoch(self._checkpoint(stage))
         trainer = self._trainer(start, end, *callbacks, history, save)
         trainer.fit(classifier, datamodule=self.data, ckpt_path=self._resume_from(stage))

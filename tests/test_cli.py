@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import forked
 import pytest
@@ -89,6 +90,48 @@ def test_the_plan_is_printed_before_training(finished):
     assert plan in printed
     assert printed.index("amount of the remaining") < printed.index("Dense phase")
     assert printed.count("amount of the remaining") == 1
+
+
+def test_every_epoch_is_a_line_in_the_output_and_with_its_time_in_the_log(finished):
+    folder, printed = finished
+    lines = [line for line in printed.splitlines() if line.startswith("Epoch ")]
+    assert [line[:16] for line in lines] == [f"Epoch {n} ({n + 1} of 5)" for n in range(5)]
+    with (folder / "metrics.csv").open() as file:
+        for line, row in zip(lines, csv.DictReader(file), strict=True):
+            assert f"round {row['round']}, {100 * float(row['sparsity']):.2f} % sparse" in line
+            assert f"val accuracy {100 * float(row['val_accuracy']):.2f} %" in line
+            assert re.search(r"train loss \d.*; \d:\d\d:\d\d left$", line)
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+    log = (folder / "pruneflow.log").read_text()
+    for line in (*lines, "Reading pictures: Digits", "Testing the dense and the pruned network"):
+        assert re.search(
+            rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d.* {re.escape(line)}$", log, re.MULTILINE
+        )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_on_a_terminal_there_is_a_bar_and_the_lines_above_it(tmp_path):
+    terminal, inside = os.openpty()
+    tiny = ("dense.epochs=1", "pruning.epochs=1", "schedule.rounds=1", "deploy.batches=[]")
+    process = subprocess.Popen(
+        [*COMMAND, *tiny, "trainer.limit_train_batches=2", "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=inside,
+        stderr=subprocess.STDOUT,
+    )
+    os.close(inside)
+    printed = b""
+    with suppress(OSError):  # which is how a terminal ends
+        while part := os.read(terminal, 2**16):
+            printed += part
+    assert process.wait() == 0, printed.decode()
+    text = printed.decode()
+    assert "2/2" in text  # of the bar
+    assert re.search(r"Epoch 1 \(2 of 2\), round 1, 98.00 % sparse", text)
+    log = (tmp_path / "run" / "pruneflow.log").read_text()
+    assert log.count("Epoch ") == 2
 
 
 def test_the_model_loads_strict_into_the_plain_network_with_exact_zeros(finished):
