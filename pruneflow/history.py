@@ -109,8 +109,8 @@ class History(L.Callback):
         if bar is None:
             _log.info(line)
         else:  # a line of its own on the terminal, above the bar
-            bar.print(line)
             _log_file.info(line)
+            bar.print(line)
 
     def _write(self) -> None:
         with write_whole(self.path) as path, path.open("w", newline="") as file:
