@@ -288,13 +288,17 @@ def test_sparse_gradients_and_complex_weights():
     assert Pruner(waves, include=["weight"], optimizers=[]).prune_to(0.5).pruned == 8
 
 
-def test_removing_channels_without_optimizers_says_what_that_means():
+def test_optimizers_go_on_after_channels_are_removed():
     net, x = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2)), torch.zeros(1, 20)
-    pruner = Pruner(net, granularity=Channels(x), optimizers=[])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    pruner = Pruner(net, granularity=Channels(x), optimizers=[optimizer])
     pruner.prune_to(0.5)
     pruner.remove()
-    with pytest.warns(UserWarning, match="`optimizers` was not given"):
-        remove_channels(net, x)
+    assert remove_channels(net, x)
+    before = net[0].weight.detach().clone()
+    net(torch.randn(8, 20)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].weight, before)
 
 
 def test_a_network_that_has_become_constant_is_named():
