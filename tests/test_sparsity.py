@@ -62,3 +62,15 @@ def test_prints_a_table_with_a_total():
     assert lines[0].split() == ["tensor", "shape", "weights", "kept", "sparsity"]
     assert lines[-2].split() == ["total", "1,108", "1,108", "0.00%"]
     assert lines[-1].endswith("compression ratio 1.00")
+
+
+def test_layers_under_two_names_and_tied_ones_count_once():
+    model = nn.Module()
+    model.one, model.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    model.layers = nn.Sequential(model.one, nn.ReLU(), model.two)
+    model.two.weight = model.one.weight
+    model.one.weight.data[0] = 0
+    model.forward = lambda x: model.layers(x)
+    report = sparsity_report(model, torch.zeros(1, 4))
+    assert (report.parameters, report.weights, report.zeros) == (16, 16, 4)
+    assert (report.multiply_adds, report.remaining_multiply_adds) == (32, 24)

@@ -48,9 +48,9 @@ def export_onnx(
     Raises:
         ImportError: If `onnxscript` or `onnxruntime` is not installed.
         TypeError: If the model returns something else than a tensor.
-        ValueError: If the example holds no sample or is not what the model takes, if the model has more weights than one file
-            holds, cannot be exported (to this opset), or if its outputs in ONNX Runtime differ by
-            more than 1e-4 of their norm.
+        ValueError: If the example holds no sample or is not what the model takes, if the model has
+            more weights than one file holds, cannot be exported (to this opset), or if its outputs
+            in ONNX Runtime differ by more than 1e-4 of their norm.
 
     Example:
         >>> from tempfile import mkdtemp
