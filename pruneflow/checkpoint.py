@@ -206,6 +206,12 @@ class SparsityCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; or start over in another folder, which ModelCheckpoint says."""
+        lacking = [f"no `{key}`" for key in self.state_dict() if key not in state_dict]
+        if lacking:
+            raise ValueError(
+                "the checkpoint's state of SparsityCheckpoint must be whole, got "
+                f"{', '.join(lacking)}; resume from another, or without SparsityCheckpoint"
+            )
         super().load_state_dict(state_dict)
         self._best = state_dict["best_of_rounds"] if state_dict["dirpath"] == self.dirpath else {}
 
