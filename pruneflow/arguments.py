@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
+from typing import Literal
 
 from pruneflow.gradients import Gradients
 from pruneflow.importance import Importance, needs_gradients
@@ -17,13 +18,15 @@ def check_arguments(
     gradients: Gradients | None,
     rewind: str | None,
     *,
-    from_zeros: bool,
+    from_zeros: bool | Literal["all"],
 ) -> None:
     """Refuse them; see `PruningCallback` for what they are.
 
     Raises:
         ValueError: Naming the argument and the remedy.
     """
+    if from_zeros not in (True, False, "all"):
+        raise ValueError(f"`from_zeros` must be True, False or 'all', got {from_zeros!r}")
     if schedule is None and not from_zeros:
         raise ValueError(
             "`schedule` is expected to say how much to prune, but None came, which only holds "

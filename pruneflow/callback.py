@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.arguments import check_arguments, plain_costs
-from pruneflow.companions import check_averages, check_disjoint, denser_choices
+from pruneflow.companions import LearningRates, check_averages, check_disjoint, denser_choices
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
@@ -76,6 +76,8 @@ class PruningCallback(L.Callback):
             `"reset"` or `"keep"`; see `Pruner`.
         from_zeros: Hold the exact zeros that the weights have when training starts, to go on with
             an already sparse model. The schedule counts them: its first round has to reach them.
+            Tensors that are zero throughout are taken for untrained ones and left dense, unless
+            this is `"all"`.
 
     Raises:
         ValueError: At construction, for arguments out of range or epochs and steps together; when
@@ -108,7 +110,7 @@ class PruningCallback(L.Callback):
         masking: Masking | None = None,
         rewind: Literal["learning_rate"] | None = None,
         optimizer_state: OptimizerState = "zero_pruned",
-        from_zeros: bool = False,
+        from_zeros: bool | Literal["all"] = False,
     ) -> None:
         schedule = plain_number(schedule)
         check_arguments(schedule, importance, gradients, rewind, from_zeros=from_zeros)
@@ -242,6 +244,8 @@ class PruningCallback(L.Callback):
                 rank_zero_warn(message)
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
+        if self.pruner.selection.dense:
+            rank_zero_info(self.pruner.selection.describe_dense())
         check_averages(trainer, self.masking)
         check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
         self._take_restored()
@@ -251,6 +255,7 @@ class PruningCallback(L.Callback):
         assert self.plan is not None and self.pruner is not None  # made when fit began
         self._take_restored()  # some strategies load a checkpoint only now
         self._logged.epoch = None  # none of this fit yet
+        self._rates = LearningRates(trainer.optimizers)
         if self.rewind:
             if self._learning_rate is None:
                 self._learning_rate = LearningRateSnapshot([], [])
@@ -261,7 +266,7 @@ class PruningCallback(L.Callback):
             self.pruner.admit(self._scored)
             self.pruner.hold(MaskSet.from_state(self._masks))
         elif self.from_zeros:
-            self.pruner.hold_zeros()
+            self.pruner.hold_zeros(empty=self.from_zeros == "all")
             self.plan.check_start(self.pruner.removed)
         self._mask_averages(trainer)
         self._logged.measure(self.pruner, self.round)
@@ -274,6 +279,7 @@ class PruningCallback(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune if a round is due at this epoch; log the sparsity of the epoch."""
+        self._rates.note(trainer.optimizers)
         if self.clock.unit == "epoch":
             self._run_due_rounds(trainer)
         self._logged.log(trainer, pl_module, _logged(trainer))
@@ -389,6 +395,8 @@ class PruningCallback(L.Callback):
         self._logged.measure(self.pruner, self.round)
         if self._learning_rate is not None:
             self._learning_rate.restore(trainer.optimizers, schedulers(trainer))
+        elif message := self._rates.decayed(self.plan, due, trainer.optimizers):
+            rank_zero_warn(message)
         return True
 
     def _mask_averages(self, trainer: L.Trainer) -> None:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 Schedulers = Sequence[LRScheduler | ReduceLROnPlateau]
 OptimizerState = Literal["keep", "zero_pruned", "reset"]
+_WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "optim")  # where wrappers keep theirs
 T = TypeVar("T")
 
 
@@ -219,6 +220,33 @@ def check_optimizer_state(policy: str) -> None:
             "`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
             f"{policy!r} came"
         )
+
+
+def plain_optimizers(optimizers: Sequence[Any]) -> list[Optimizer]:
+    """The optimizers of PyTorch inside of wrappers such as those of Accelerate and Lightning.
+
+    Raises:
+        TypeError: If one neither is nor wraps an optimizer of PyTorch, whose steps can be followed.
+    """
+    if not isinstance(optimizers, Sequence):
+        raise TypeError(
+            f"`optimizers` is expected to be a list of optimizers, but {optimizers!r} came"
+        )
+    return [_plain(optimizer) for optimizer in optimizers]
+
+
+def _plain(optimizer: Any) -> Optimizer:
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks"):  # made by Optimizer.__init__
+        inner = next((w for n in _WRAPPED if (w := getattr(inner, n, None)) is not None), None)
+        if inner is None:
+            raise TypeError(
+                "`optimizers` is expected to be a list of PyTorch's optimizers, or of wrappers "
+                f"around them, but {optimizer!r} came, whose steps cannot be followed; give the "
+                "optimizer that it wraps"
+            )
+    found: Optimizer = inner
+    return found
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from pruneflow.plan import Clock, Plan
 from pruneflow.rewinding import Schedulers
+from pruneflow.running import Example
 
 
 def training_length(
@@ -120,20 +122,22 @@ def _anew(loader: Any) -> Any:
     return loader
 
 
-def example_input(trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+def example_input(trainer: L.Trainer, pl_module: L.LightningModule) -> Example:
     """The example that a LightningModule has of what it takes, on its device, of its precision.
 
     Raises:
-        ValueError: If it has none that is a tensor.
+        ValueError: If it has none.
     """
     example = pl_module.example_input_array
-    if not isinstance(example, Tensor):
+    if not isinstance(example, Tensor | tuple | dict):
         raise ValueError(
-            f"`example_input_array` of {type(pl_module).__name__} is expected to be a tensor like "
-            f"those its `forward` takes, for Channels and costs, but {type(example).__name__} came;"
-            " set `self.example_input_array = torch.zeros(1, 3, 32, 32)`, say, in its `__init__`"
+            f"`example_input_array` of {type(pl_module).__name__} is expected to be what its "
+            "`forward` takes, a tensor, or a tuple or dict of arguments, for Channels and costs, "
+            f"but {type(example).__name__} came; "
+            "set `self.example_input_array = torch.zeros(1, 3, 32, 32)`, say, in its `__init__`"
         )
-    converted: Tensor = trainer.precision_plugin.convert_input(example.to(pl_module.device))
+    moved: Example = move_data_to_device(example, pl_module.device)
+    converted: Example = trainer.precision_plugin.convert_input(moved)
     return converted
 
 

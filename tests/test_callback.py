@@ -337,8 +337,11 @@ def test_goes_on_from_zeros(model, batches, trainer):
     trainer(PruningCallback([0.6, 0.9], from_zeros=True), max_epochs=2).fit(model, batches)
     assert int((model.body.weight[zeros] != 0).sum()) == 0
     assert sparsity(model) == 0.9
+    assert not model.head.weight.any()
     with pytest.raises(ValueError, match=r"start from the sparsity 0\.9 that the model has"):
-        trainer(PruningCallback([0.6, 0.95], from_zeros=True)).fit(model, batches)
+        trainer(PruningCallback([0.6, 0.95], from_zeros="all")).fit(model, batches)
+    with pytest.raises(ValueError, match="must be True, False or 'all', got 'some'"):
+        PruningCallback(None, from_zeros="some")
     with pytest.raises(ValueError, match="`from_zeros=True`"):
         PruningCallback(None)
 
@@ -931,3 +934,31 @@ def same(one, other):
             same(here, there)
     else:
         assert one == other
+
+
+class Replaces(L.Callback):
+    """Gives the model a new layer, trained from then on, in the place of one that is pruned."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            pl_module.body = torch.nn.Linear(20, 50)
+            trainer.optimizers[0].add_param_group({"params": list(pl_module.body.parameters())})
+
+
+@pytest.mark.parametrize("masking", [InPlace, Reparametrize])
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_layer_that_is_replaced_is_pruned_like_the_old_one(
+    model, batches, trainer, masking, rounds
+):
+    pruning = PruningCallback(Linear(0.8, rounds), masking=masking())
+    watch = Watch()
+    trainer(pruning, Replaces(), watch, max_epochs=5).fit(model, batches)
+    assert watch.seen[3:] == [0.8, 0.8]
+    assert sparsity(model) == pruning.sparsity == 0.8
+
+
+def test_says_when_fit_begins_what_stays_dense(model, batches, trainer, caplog):
+    caplog.set_level(logging.INFO)
+    model.table = torch.nn.Parameter(torch.zeros(20, 10))
+    trainer(PruningCallback(OneShot(0.5), exclude=["table"]), max_epochs=1).fit(model, batches)
+    assert "Trained tensors that stay dense: table (" in caplog.text
