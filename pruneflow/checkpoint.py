@@ -236,9 +236,13 @@ def _ends_unvalidated(trainer: L.Trainer) -> bool:
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     if every is None or epochs in (None, -1) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return False
-    plans = [p.plan for p in pruning_callbacks(trainer) if p.plan and p.plan.unit == "epoch"]
-    last = max((plan.rounds[-1].at for plan in plans if plan.rounds), default=0)
-    return epochs // every * every <= last
+    plans = [(p.plan, p.round) for p in pruning_callbacks(trainer) if p.plan]
+    to_come = [
+        plan.rounds[-1].at
+        for plan, done in plans
+        if plan.unit == "epoch" and done < len(plan.rounds)
+    ]
+    return epochs // every * every <= max(to_come, default=0)
 
 
 def _round(trainer: L.Trainer) -> int:

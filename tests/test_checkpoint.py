@@ -419,6 +419,13 @@ def test_nothing_is_said_where_a_validation_follows(fit, kwargs):
     assert bool(fit(by_epoch(), **kwargs).best_model_path) == ("fast_dev_run" not in kwargs)
 
 
+@same_folder
+def test_nothing_is_said_where_the_last_round_was_in_another_fit(fit):
+    pruning = by_epoch()
+    fit(pruning)
+    assert fit(pruning, max_epochs=2).best_model_path
+
+
 class Swapping(torch.optim.SGD):
     """Trains with one set of weights and validates another, as schedule-free optimizers do."""
 
