@@ -19,7 +19,7 @@ from pruneflow.importance import Importance, magnitude, needs_gradients
 from pruneflow.logged import Logged
 from pruneflow.masking import Masking
 from pruneflow.masks import MaskSet
-from pruneflow.parameters import Pattern
+from pruneflow.parameters import Pattern, locate
 from pruneflow.plan import Clock, Plan, has_rounds
 from pruneflow.processes import decide
 from pruneflow.pruner import Pruner
@@ -424,17 +424,17 @@ class PruningCallback(L.Callback):
                 f"{', '.join(map(repr, state['others']))}; resume with the same `include` and "
                 "`exclude`, or start from its weights with `from_zeros=True`"
             )
-        assert self.plan is not None
+        assert self.plan is not None and self.pruner is not None  # made when fit began
         check_state(
             state,
             self.plan.state(),
             self._method(),
+            {name: slot.parameter for name, slot in locate(self.pruner.model).items()},
             longer_is_other=has_rounds(self.schedule),
         )
         self.round = state["round"]
         self._masks, self._scored = state["masks"], state["names"]
         if state["costs"] is not None:  # measured, so another measurement would find others
-            assert self.pruner is not None
             self._costs = self.pruner.costs = state["costs"]
         saved = state["learning_rate"]
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None

@@ -239,6 +239,18 @@ def test_another_fit_starts_over_and_leaves_the_files_of_the_first(
     assert (best.best_model_path, best.best_model_score, best.best_of_rounds) == ("", None, {})
 
 
+@same_folder
+def test_a_state_that_is_not_whole_is_refused_by_name(fit):
+    path = fit(by_epoch()).best_of_rounds[1]
+    checkpoint = torch.load(path)
+    for key, state in checkpoint["callbacks"].items():
+        if key.startswith("SparsityCheckpoint"):
+            del state["best_of_rounds"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="must be whole, got no `best_of_rounds`"):
+        fit(by_epoch(), module=Measured(), ckpt_path=path)
+
+
 def test_another_folder_starts_over(fit, trainer, batches, tmp_path):
     path = fit(by_epoch()).best_of_rounds[1]
     best = SparsityCheckpoint(monitor="val_loss", dirpath=tmp_path / "other")
@@ -405,6 +417,13 @@ def test_a_last_round_that_no_validation_follows_is_said_to_be_without_checkpoin
 )
 def test_nothing_is_said_where_a_validation_follows(fit, kwargs):
     assert bool(fit(by_epoch(), **kwargs).best_model_path) == ("fast_dev_run" not in kwargs)
+
+
+@same_folder
+def test_nothing_is_said_where_the_last_round_was_in_another_fit(fit):
+    pruning = by_epoch()
+    fit(pruning)
+    assert fit(pruning, max_epochs=2).best_model_path
 
 
 class Swapping(torch.optim.SGD):
