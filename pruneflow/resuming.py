@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 
 from pruneflow.granularity import NM, Block, Channels
 from pruneflow.importance import Random
+from pruneflow.schedules import plain_number
 
 VERSION = 4
 """Of the state that PruningCallback stores."""
@@ -81,7 +82,8 @@ def _named(method: Any) -> str:
 
 
 def _plain(settings: Mapping[Any, Any]) -> str:
-    plain = {k: v for k, v in settings.items() if isinstance(v, int | float | str)}
+    numbers = {key: plain_number(value) for key, value in settings.items()}
+    plain = {k: v for k, v in numbers.items() if isinstance(v, int | float | str)}
     return ", ".join(f"{key}={value!r}" for key, value in plain.items())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruneflow.parameters import Pattern, locate, select
+from pruneflow.parameters import Pattern, Slot, locate, select
 from pruneflow.processes import whole
 from pruneflow.running import Example, call, evaluating
 
@@ -50,6 +50,7 @@ class SparsityReport:
 
     Args:
         layers: The prunable tensors.
+        dense: Other trained tensors of two or more dimensions, which are not counted.
         parameters: All parameters of the model, biases and normalisation included.
         multiply_adds: Those of one forward pass of the dense model; None without an input.
         remaining_multiply_adds: Those that do not multiply by a pruned weight.
@@ -59,6 +60,7 @@ class SparsityReport:
     parameters: int
     multiply_adds: int | None = None
     remaining_multiply_adds: int | None = None
+    dense: tuple[LayerSparsity, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -77,8 +79,8 @@ class SparsityReport:
 
     @property
     def remaining(self) -> int:
-        """All parameters but the zeros among the prunable weights."""
-        return self.parameters - self.zeros
+        """All parameters but the zeros among the prunable weights and the other trained tensors."""
+        return self.parameters - self.zeros - sum(layer.zeros for layer in self.dense)
 
     @property
     def compression_ratio(self) -> float:
@@ -103,6 +105,13 @@ class SparsityReport:
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
             for row in rows
         ]
+        if self.dense:
+            others = ", ".join(
+                f"{layer.name} ({layer.weights / self.parameters:.1%} of all parameters, "
+                f"{layer.sparsity:.2%} zeros)"
+                for layer in self.dense
+            )
+            lines.append(f"Not counted: {others}")
         lines.append(
             f"{self.remaining:,} of {self.parameters:,} parameters remain: "
             f"compression ratio {self.compression_ratio:.2f}"
@@ -127,6 +136,10 @@ def sparsity(
         include: See `parameters.select`.
         exclude: See `parameters.select`.
 
+    Warns:
+        UserWarning: If more than a tenth of all parameters is not counted, though neither `include`
+            nor `exclude` speaks of it.
+
     Example:
         >>> layer = nn.Linear(4, 1)
         >>> _ = layer.weight.data.copy_(torch.tensor([0.0, 1.0, 0.0, 2.0]))
@@ -146,7 +159,8 @@ def sparsity_report(
 ) -> SparsityReport:
     """Count exact zeros, and with an input the multiply-adds, as Blalock et al. ask.
 
-    Frozen tensors, such as a teacher's, do not count, unless everything is frozen.
+    Frozen tensors, such as a teacher's, do not count, unless everything is frozen. Trained tensors
+    of two or more dimensions that are not prunable are listed as not counted, in `dense`.
 
     A multiply-add is saved where an operation multiplies by a zero weight. What PyTorch does not
     count, as the kernels of recurrent layers, is left out.
@@ -173,17 +187,21 @@ def sparsity_report(
         https://arxiv.org/abs/2003.03033.
     """
     selection = select(model, include, exclude)
+    selection.warn_overlooked()
     slots = selection.slots or selection.frozen
-    layers = tuple(
+    layers, dense = _count_zeros(slots), _count_zeros(selection.dense)
+    if example_input is None:
+        return SparsityReport(layers, selection.parameters, dense=dense)
+    total, counts = multiply_adds_by_weight(model, example_input)
+    saved = round(sum(layer.sparsity * counts.get(layer.name, 0) for layer in (*layers, *dense)))
+    return SparsityReport(layers, selection.parameters, total, total - saved, dense)
+
+
+def _count_zeros(slots: Mapping[str, Slot]) -> tuple[LayerSparsity, ...]:
+    return tuple(
         LayerSparsity(name, tuple(weight.shape), weight.numel(), int(whole((weight == 0).sum())))
         for name, weight in ((name, slot.weight) for name, slot in slots.items())
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if example_input is None:
-        return SparsityReport(layers, parameters)
-    total, counts = multiply_adds_by_weight(model, example_input)
-    saved = round(sum(layer.sparsity * counts.get(layer.name, 0) for layer in layers))
-    return SparsityReport(layers, parameters, total, total - saved)
 
 
 def multiply_adds_by_weight(

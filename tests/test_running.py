@@ -19,6 +19,7 @@ from pruneflow.channels.coupling import find_coupling
 from pruneflow.deploy import export_onnx, shrink, sparse_compile
 from pruneflow.running import arguments, evaluating, tensors_in
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*neither pruned nor counted")
 EXAMPLE = torch.zeros(2, 4)
 SEEN = []
 

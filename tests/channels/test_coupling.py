@@ -493,7 +493,7 @@ def test_gradients_flags_layouts_and_groups_of_optimizers_come_along():
     assert torch.equal(model[3].weight.grad, gradient[:, kept])
     assert not model[0].weight.requires_grad and model[0].bias.requires_grad
     assert model[0].weight.grad is None
-    assert model[3].bias is before["3.bias"] and model[3].weight is not before["3.weight"]
+    assert all(p is before[name] for name, p in model.named_parameters())
     first, second = optimizer.param_groups
     assert [id(p) for p in first["params"]] == [id(model[3].bias), id(model[3].weight)]
     assert [id(p) for p in second["params"]] == [id(model[1].weight)]
@@ -502,6 +502,21 @@ def test_gradients_flags_layouts_and_groups_of_optimizers_come_along():
     assert other.state[model[1].bias]["sum"].shape == (3,)
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
     torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def test_optimizers_that_are_not_named_go_on_to_train_the_model():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss = model(torch.randn(5, 4)).sum()  # its graph is alive while shapes change
+    with torch.no_grad():
+        model[0].weight[:3], model[0].bias[:3], model[2].weight[:, :3] = 0, 0, 0
+    assert remove_channels(model, torch.zeros(1, 4)) == 3
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.zero_grad()
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, model.parameters(), before))
+    assert loss.requires_grad
 
 
 def test_weights_stay_in_the_memory_layout_they_have():
