@@ -146,11 +146,11 @@ class PruningCallback(L.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that is spawned gets the model as well, and has to know it again.
-        return vars(self) | {"_model": self._model and self._model()}
+        return vars(self) | {"_model": None if self._model is None else self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]
-        vars(self).update(state | {"_model": model and weakref.ref(model)})
+        vars(self).update(state | {"_model": None if model is None else weakref.ref(model)})
 
     @property
     def state_key(self) -> str:
