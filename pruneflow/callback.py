@@ -151,11 +151,12 @@ class PruningCallback(L.Callback):
         self._validated = False  # since the last training step
 
     def __getstate__(self) -> dict[str, Any]:
+        # A process that is spawned gets the model as well, and has to know it again.
         return vars(self) | {"_model": self._model and self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._model = weakref.ref(state["_model"]) if state["_model"] is not None else None
+        model = state["_model"]
+        vars(self).update(state | {"_model": model and weakref.ref(model)})
 
     @property
     def state_key(self) -> str:

@@ -315,7 +315,8 @@ class Experiment:
             "logger": self.logger or False,
             "enable_checkpointing": False,
             # Where there is no terminal its control sequences would be in the way.
-            "enable_progress_bar": self.config.trainer.enable_progress_bar and sys.stdout.isatty(),
+            "enable_progress_bar": sys.stdout.isatty()
+            and self.config.trainer.get("enable_progress_bar", True),
             "default_root_dir": str(self.folder),
         }
         trainer: L.Trainer = instantiate(self.config.trainer, **(settings | overrides))

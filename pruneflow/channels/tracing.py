@@ -63,7 +63,7 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
             graph.erase_node(node)
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
     try:
-        _Values(traced, given).run()
+        _Values(traced, given).note()
         tracer.check_constants()
     except Exception as error:  # so does running what was recorded
         raise _untraceable(model, "running what was traced of", error) from error
@@ -159,7 +159,8 @@ class Storage:
         return {
             member
             for node in self._in_place
-            if self._read_later(node, node) or any(n.op == "get_attr" for n in self._sharing[node])
+            if self._read_later(node, node)
+            or any(member.meta.get("is_rewritten") for member in self._sharing[node])
             for member in self._sharing[node]
         }
 
@@ -334,6 +335,13 @@ class _Values(fx.Interpreter):
     def __init__(self, traced: fx.GraphModule, given: inspect.BoundArguments) -> None:
         super().__init__(traced)
         self._given = given.arguments
+        self._attributes: list[tuple[fx.Node, Any, int]] = []
+
+    def note(self) -> None:
+        """Run the graph, and see at the end which tensors of the model were written."""
+        self.run()
+        for node, value, version in self._attributes:
+            node.meta["is_rewritten"] = _version(value) != version
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The argument of that name."""
@@ -364,6 +372,8 @@ class _Values(fx.Interpreter):
         n.meta["is_its_input"] = len(written) == 1 and result is leaves[written[0]]
         if n.target in _OPERATORS and not written:  # of numbers, which are not changed but replaced
             n.target = _OPERATORS[n.target]
+        if n.op == "get_attr":
+            self._attributes.append((n, result, _version(result)))
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
             n.meta["dtype"] = result.dtype
