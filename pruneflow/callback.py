@@ -11,7 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.arguments import check_arguments, plain_costs
-from pruneflow.companions import LearningRates, check_averages, check_disjoint, denser_choices
+from pruneflow.companions import (
+    LearningRates,
+    check_averages,
+    check_disjoint,
+    denser_choices,
+    swapping,
+)
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
@@ -247,6 +253,11 @@ class PruningCallback(L.Callback):
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
         if self.pruner.selection.dense:
             rank_zero_info(self.pruner.selection.describe_dense())
+        if self.optimizer_state == "keep" and (names := swapping(trainer.optimizers)):
+            rank_zero_warn(
+                f"`optimizer_state` 'keep' lets the `eval()` of {', '.join(names)} bring pruned "
+                "weights back after training; use 'zero_pruned'"
+            )
         check_averages(trainer, self.masking)
         check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
         self._take_restored()

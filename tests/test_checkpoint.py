@@ -499,6 +499,19 @@ def test_each_has_the_sparsity_of_its_name_beside_weights_swapped_for_validation
     assert sparsity(module) == 0.9
 
 
+@same_folder
+def test_weights_that_come_back_after_training_are_warned_of(fit):
+    class WithEval(Measured):
+        def configure_optimizers(self):
+            optimizer = Swapping(self.parameters(), lr=0.01)
+            optimizer.eval = optimizer.swap
+            return optimizer
+
+    with pytest.warns(UserWarning, match=r"'keep' lets the `eval\(\)` of Swapping bring"):
+        fit(by_epoch(optimizer_state="keep"), module=WithEval(), max_epochs=5)
+    fit(by_epoch(), module=WithEval(), max_epochs=5)
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "\u00e4" * 300, "val/" + "y" * 240])
 def test_a_long_name_of_a_metric_is_cut_short(trainer, batches, tmp_path, name):
     class Long(TwoLayers):
