@@ -31,6 +31,15 @@ from pruneflow.importance import needs_gradients
 from pruneflow.models import Classifier, load_weights
 from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan
+from pruneflow.preflight import (
+    build,
+    build_data,
+    build_network,
+    building,
+    check_cache,
+    check_trainer,
+    check_values,
+)
 from pruneflow.pruner import Pruner
 from pruneflow.report import write_report
 from pruneflow.run_folder import drop_checkpoints, load_network, save_network
@@ -64,14 +73,11 @@ class Experiment:
                     "came; stages last `dense.epochs` and `pruning.epochs` and validate after each "
                     "epoch, so set those"
                 )
-        if config.trainer.limit_val_batches == 0:
+        check_values(config)
+        if config.checkpoint is not None:
             raise ValueError(
-                "`trainer.limit_val_batches` is expected to leave batches to validate on, but 0 "
-                "came; every round is measured on them"
-            )
-        if not isinstance(config.resume, bool):
-            raise ValueError(
-                f"`resume` is expected to be true or false, but {config.resume!r} came"
+                f"`checkpoint` must be left out when pruning, got {config.checkpoint!r}; give "
+                "task=deploy to measure it, or dense.weights=FILE to start from it"
             )
         if config.trainer.devices not in (1, "1"):
             raise ValueError(
@@ -88,26 +94,24 @@ class Experiment:
         for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
             check_whole(checkpoint)
 
-        self.schedule = instantiate(config.schedule)
-        self.importance = instantiate(config.importance)
-        self.granularity = instantiate(config.granularity) if config.granularity else None
-        self.costs = instantiate(config.costs) if config.costs else None
+        if config.dense.cache is not None:
+            check_cache(config.dense.cache)
+        self.schedule, self.importance, self.granularity, self.costs, masking = (
+            build(config, key)
+            for key in ("schedule", "importance", "granularity", "costs", "masking")
+        )
         self.plan, clock = self._lay_plan()
+        trainer = check_trainer(config.trainer)
         L.seed_everything(config.seed, verbose=False)
         with self._timed("data"):
-            self.data = instantiate(config.data)
-            self.data.prepare_data()
-            self.data.setup("fit")
-        self.network: nn.Module = instantiate(config.model)(
-            num_classes=self.data.num_classes, in_channels=self.data.image_shape[0]
-        )
+            self.data = build_data(config.data, trainer)
+        self.network = build_network(config.model, self.data)
         if config.dense.weights is not None:
             load_weights(self.network, config.dense.weights)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
         self.scope: Any = config.pruning.scope
         if OmegaConf.is_config(self.scope):
             self.scope = OmegaConf.to_container(self.scope)
-        masking = instantiate(config.masking)
         granularity = self.granularity
         if isinstance(granularity, Channels) and granularity.example_input is None:
             granularity = Channels(self._example())
@@ -139,6 +143,8 @@ class Experiment:
             rewind=config.pruning.rewind,
             optimizer_state=config.pruning.optimizer_state,
         )
+        with building("optimizer"):
+            instantiate(config.optimizer)(self.network.parameters())
         # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
@@ -187,7 +193,9 @@ class Experiment:
     def _dense_phase(self) -> tuple[list[Row], bool]:
         target = self.folder / "checkpoints" / "dense.safetensors"
         config = self.config.dense
-        if config.cache is None or not config.epochs:
+        if not hasattr(self.data, "fingerprint"):
+            _log.warning("`data` has no fingerprint(): the dense phase is not cached")
+        if config.cache is None or not config.epochs or not hasattr(self.data, "fingerprint"):
             rows = self._train_dense()
             save_network(self.network, target)
             return rows, False
@@ -315,7 +323,7 @@ class Experiment:
         resolved: Any = OmegaConf.to_container(self.config, resolve=True)
         files = [self.config.dense.weights, self.config.model.get("weights")]
         return provenance.digest(
-            {name: resolved[name] for name in names},
+            provenance.determining({name: resolved[name] for name in names}),
             self.config.dense.epochs,
             [provenance.file_digest(Path(f)) for f in files if f and Path(f).is_file()],
             self.data.fingerprint(),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pruneflow.ends import TARGET_MISSED
 from pruneflow.models import small_cnn
 
 QUICK = (
@@ -37,6 +38,22 @@ class Network(nn.Module):
 
     def forward(self, images):
         return self.used(images)
+"""
+
+FULL_DISK = """
+import collections, shutil, torch
+from pruneflow.cli import main
+
+
+def save(checkpoint, path):
+    path.write_bytes(b"half")
+    usage = collections.namedtuple("usage", "total used free")
+    shutil.disk_usage = lambda folder: usage(9, 9, 0)
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8704 vs 8600")
+
+
+torch.save = save
+main()
 """
 
 COMMAND = (sys.executable, "-m", "pruneflow")
@@ -188,14 +205,16 @@ def test_a_remainder_of_epochs_trains_at_a_learning_rate_and_bfloat16_works(tmp_
 
 
 def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):
-    pruneflow(
+    run = pruneflow(
         "dense.epochs=1",
         "pruning.epochs=2200",
         "deploy.batches=[]",
         "+trainer.max_time=00:00:00:04",
         "hydra.run.dir=run",
         cwd=tmp_path,
+        check=False,
     )
+    assert run.returncode == TARGET_MISSED
     report = facts(tmp_path / "run")
     assert 0 < len(report["rounds"]) < 11
     assert "**Target not reached.**" in (tmp_path / "run" / "report.md").read_text()
@@ -264,6 +283,69 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
     assert "What is handed over" in run.stdout
 
 
+def test_what_a_task_does_not_read_is_named(tmp_path, finished):
+    checkpoint = f"checkpoint={finished[0] / 'model.safetensors'}"
+    run = pruneflow(
+        *("task=deploy", checkpoint, "deploy.batches=[1]", "deploy.threads=1", "model.width=32"),
+        *("schedule.target=0.5", "dense.epochs=3", "hydra.run.dir=forms"),
+        cwd=tmp_path,
+    )
+    assert "task=deploy does not read schedule.target=0.5, dense.epochs=3\n" in run.stdout
+
+
+def test_weights_of_another_network_are_refused_when_deployed(tmp_path, finished):
+    checkpoint = f"checkpoint={finished[0] / 'model.packed'}"
+    run = pruneflow("task=deploy", checkpoint, "model.width=8", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+
+
+STAGES = {"the dense phase": "Dense phase:", "the rounds": "rounds:", "measuring": "Measuring"}
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "stage", "kill"),
+    [
+        (signal.SIGTERM, 143, "the dense phase", os.kill),
+        (signal.SIGINT, 130, "the rounds", os.kill),
+        (signal.SIGTERM, 143, "measuring", os.kill),
+        (signal.SIGINT, 130, "measuring", os.killpg),  # as Ctrl-C in a terminal does
+    ],
+)
+def test_a_run_that_is_stopped_says_so_and_how_to_go_on(tmp_path, number, status, stage, kill):
+    arguments = ["dense.epochs=40", "trainer.accelerator=cpu", "hydra.run.dir=a run"]
+    if stage != "the dense phase":
+        arguments += ["dense.epochs=1", f"pruning.epochs={1 if stage == 'measuring' else 40}"]
+        arguments += ["schedule=one_shot", "deploy.batches=[1]"]
+    arguments = list({a.partition("=")[0]: a for a in arguments}.values())
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments], cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    while STAGES[stage] not in (tmp_path / "said.txt").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill(process.pid, number)
+    assert process.wait(60) == status
+    said = (tmp_path / "said.txt").read_text()
+    command = "Go on with: python -m pruneflow dense.epochs="
+    assert f"stopped by {number.name}. {command}" in said
+    assert "'hydra.run.dir=a run'" in said and "resume=true" in said
+
+
+def test_a_disk_that_is_full_is_called_so(tmp_path):
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    command = [sys.executable, "full.py", *QUICK, "dense.cache=null", "hydra.run.dir=run"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "pruneflow: no space is left on the disk" in run.stderr
+    assert "dense.ckpt" in run.stderr and "resume=true" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not [*tmp_path.rglob("*partial*")]
+
+
 def test_help_and_cfg(tmp_path):
     shown = pruneflow("--help", cwd=tmp_path).stdout
     for word in ("resnet18_cifar10_short", "schedule: compounding, cubic", "pruning:"):
@@ -281,19 +363,31 @@ def test_help_and_cfg(tmp_path):
         (["pruning.exclude=['fc.*']"], "`exclude` pattern 'fc.*' is expected to match"),
         (["pruning.scope=channel"], "`scope` is expected to be"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
-        (["dense.weights=nowhere.pt"], "'nowhere.pt' is expected to be a file"),
+        (["dense.weights=nowhere.pt"], "`dense.weights` must be a file, got 'nowhere.pt'"),
         (["importance=ln_structured"], "`scope` is expected to be 'layer' for LnStructured"),
         (["lr_scheduler.warmup_epochs=3"], "`warmup_epochs`"),
         (["classifier.label_smoothing=2"], "`label_smoothing`"),
         (["trainer.limit_val_batches=0"], "`trainer.limit_val_batches`"),
-        (["resume=maybe"], "`resume` is expected to be true or false"),
+        (["resume=maybe"], "`resume` must be true or false"),
+        (["deploy.batches=16"], "; give deploy.batches=[16]"),
+        (["optimizer.lr=abc"], "`optimizer.lr` must be a number"),
+        (
+            ["optimizer.lr=-1"],
+            "Invalid learning rate: -1\n(in `optimizer`; change or leave out opt",
+        ),
+        (
+            ["trainer.accelerator=warp"],
+            "(in `trainer`; change or leave out trainer.accelerator=warp",
+        ),
+        (["granularity=two_of_four", "granularity.n=9"], "(in `granularity`; change or leave out"),
+        (["checkpoint=nowhere.pt"], "`checkpoint` must be a file, got 'nowhere.pt'"),
         (["trainer.devices=2"], "`trainer.devices` is expected to be 1"),
         (["pruning.optimizer_state=forget"], "`optimizer_state` is expected to be"),
         (["recipe=resnet"], "resnet18_cifar10_short"),
         (["task=deploy"], "`checkpoint` is expected to name the pruned weights"),
-        (["task=deploy", "checkpoint=nowhere.pt"], "'nowhere.pt' is expected to be a file"),
-        (["task=deploy", "checkpoint=nowhere.packed"], "'nowhere.packed' is expected to be a file"),
-        (["task=compare"], "`task` is expected to be prune or deploy, but 'compare' came"),
+        (["task=deploy", "checkpoint=nowhere.pt"], "`checkpoint` must be a file, got 'nowhere.pt'"),
+        (["task=deploy", "checkpoint=no.packed"], "`checkpoint` must be a file, got 'no.packed'"),
+        (["task=compare"], "`task` must be 'prune' or 'deploy', got 'compare'"),
         (["schedule=cubik"], "one_shot"),
         (["pruning.epoch=3"], "pruning.epoch"),
         (["granularity=channels", "schedule.target=0.999"], "where one channel of each layer"),
