@@ -12,7 +12,7 @@ from pruneflow.delivery import deliver
 from pruneflow.deploy import Form, load_packed
 from pruneflow.deploy.forms import markdown
 from pruneflow.files import write_whole
-from pruneflow.models import load_weights
+from pruneflow.models import load_state, load_weights
 from pruneflow.preflight import build_data, build_network, check_values
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Deployment:
         if config.dense.weights is not None:
             load_weights(self.dense, config.dense.weights)
         if Path(config.checkpoint).suffix == ".packed":
-            self.pruned.load_state_dict(load_packed(config.checkpoint))
+            load_state(self.pruned, load_packed(config.checkpoint), config.checkpoint)
         else:
             load_weights(self.pruned, config.checkpoint)
 

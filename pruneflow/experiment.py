@@ -42,7 +42,7 @@ from pruneflow.preflight import (
 )
 from pruneflow.pruner import Pruner
 from pruneflow.report import write_report
-from pruneflow.run_folder import drop_checkpoints, load_network, save_network
+from pruneflow.run_folder import drop_checkpoints, load_cached, save_cached, save_network
 from pruneflow.sparsity import sparsity_report
 
 _log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class Experiment:
 
         with self._timed("test"):
             dense_accuracies, _ = self._evaluate(dense)
-            accuracies, per_class = self._evaluate(self.network)
+            accuracies, counts = self._evaluate(self.network)
         save_network(self.network, self.folder / "model.safetensors")
         with self._timed("deliver"):
             forms = self._deliver(dense)
@@ -205,11 +205,15 @@ class Experiment:
         with FileLock(cache.with_suffix(".lock")):
             cached = cache.exists() and self._resume_from("dense") is None
             if cached:
-                _log.info("Dense phase: from the cache, %s", cache)
-                rows = load_network(self.network, cache)
-            else:
+                try:
+                    rows = load_cached(self.network, cache)
+                    _log.info("Dense phase: from the cache, %s", cache)
+                except ValueError as error:
+                    _log.warning("Dense phase: %s; trained anew", error)
+                    cached = False
+            if not cached:
                 rows = self._train_dense()
-                save_network(self.network, cache, rows)
+                save_cached(self.network, cache, rows)
         save_network(self.network, target)
         return rows, cached
 

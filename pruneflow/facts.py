@@ -46,7 +46,9 @@ class Final(TypedDict):
     removed: float  # fraction of what the target counts: of the weights, or of their costs
     val_accuracy: float
     test_accuracy: float
-    test_per_class: list[float]
+    test_per_class: list[float | None]  # None: no picture of that class was tested
+    tested: int  # pictures, of `test_pictures`
+    test_pictures: int | None  # None: not known
 
 
 class Size(TypedDict):

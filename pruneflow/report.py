@@ -101,9 +101,9 @@ def summary(facts: Facts) -> RichTable:
         `rich.print(summary(facts))`
     """
     contents = document(facts)
-    return _printed(
-        contents.sections[0], contents.title, f"{contents.verdict} {contents.explanation}"
-    )
+    said = f"{contents.verdict} {contents.explanation}"
+    caption = "\n".join(filter(None, [said, contents.warning]))
+    return _printed(contents.sections[0], contents.title, caption)
 
 
 def forms_summary(forms: Sequence[Form]) -> RichTable:

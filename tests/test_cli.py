@@ -262,9 +262,12 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
         f"checkpoint={folder / 'model.packed'}",
         f"dense.weights={folder / 'checkpoints' / 'dense.safetensors'}",
         "deploy.batches=[1,3]",
+        "schedule.target=0.5",
+        "+dense.epochs=3",
         "hydra.run.dir=forms",
         cwd=tmp_path,
     )
+    assert "task=deploy does not read schedule.target=0.5, +dense.epochs=3\n" in run.stdout
     forms = json.loads((tmp_path / "forms" / "forms.json").read_text())
     names = [form["name"] for form in forms]
     assert names[0] == "dense"
@@ -281,16 +284,6 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
     for file in ("model.packed", "shrunk.pt2", "shrunk.onnx"):
         assert (tmp_path / "forms" / file).stat().st_size > 0
     assert "What is handed over" in run.stdout
-
-
-def test_what_a_task_does_not_read_is_named(tmp_path, finished):
-    checkpoint = f"checkpoint={finished[0] / 'model.safetensors'}"
-    run = pruneflow(
-        *("task=deploy", checkpoint, "deploy.batches=[1]", "deploy.threads=1", "model.width=32"),
-        *("schedule.target=0.5", "dense.epochs=3", "hydra.run.dir=forms"),
-        cwd=tmp_path,
-    )
-    assert "task=deploy does not read schedule.target=0.5, dense.epochs=3\n" in run.stdout
 
 
 def test_weights_of_another_network_are_refused_when_deployed(tmp_path, finished):

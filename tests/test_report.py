@@ -227,13 +227,13 @@ def test_what_is_handed_over_is_a_table_of_forms(tmp_path):
     facts = make_facts()
     dense = {"name": "dense", "bytes": 4_000_000, "peak_bytes": 9_000_000, "throughput": 1234.5}
     dense |= {"seconds": {"1": 0.004}, "speedup": {"1": 1.0}, "accuracy": 0.9467, "note": ""}
-    dense |= {"file": None}
+    dense |= {"file": None, "spread": {"1": 0.04}}
     packed = dense | {"name": "packed", "bytes": 80_000, "accuracy": 0.9213}
     markdown, page = write(tmp_path, facts | {"forms": [dense, packed]})
     header, *rows = markdown_tables(markdown)[1]
     assert [header, *rows] == html_tables(page)[1]
     assert header[:4] == ["form", "file, MB", "peak memory, MB", "batch 1, ms"]
-    assert rows[0][:4] == ["dense", "4 (1.00×)", "9 (1.00×)", "4 (1.00×)"]
+    assert rows[0][:4] == ["dense", "4 (1.00×)", "9 (1.00×)", "4 ± 4 % (1.00×)"]
     assert rows[1][1] == "0.08 (50.0×)"
     assert rows[1][5] == "92.13 %"
     assert rows[1][6] == "No gain here in memory or in speed."
@@ -250,6 +250,7 @@ def test_files_are_those_that_were_written(tmp_path):
     assert [row[:2] for row in rows] == [["model.safetensors", "16,888"], ["model.packed", "4,222"]]
     form = {"name": "shrunk", "file": "shrunk.pt2", "bytes": 9_876, "peak_bytes": None}
     form |= {"throughput": None, "accuracy": None, "note": "", "seconds": {}, "speedup": {}}
+    form |= {"spread": {}}
     refused = form | {"name": "shrunk, ONNX Runtime", "file": None, "bytes": None}
     tables = markdown_tables(write(tmp_path, facts | {"forms": [form, refused]})[0])
     assert [row[:2] for row in tables[2][1:]][2:] == [["shrunk.pt2", "9,876"]]
