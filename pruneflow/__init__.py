@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pruneflow.callback import PruningCallback
     from pruneflow.checkpoint import SparsityCheckpoint
     from pruneflow.checkpoint_io import AtomicCheckpointIO
+    from pruneflow.classifying import load_classifier
     from pruneflow.gradients import Gradients
 else:
     from importlib import import_module as _import_module
@@ -28,6 +29,7 @@ else:
         "Gradients": "gradients",
         "PruningCallback": "callback",
         "SparsityCheckpoint": "checkpoint",
+        "load_classifier": "classifying",
     }
 
     def __getattr__(name):
@@ -68,6 +70,7 @@ __all__ = [
     "fold",
     "fold_model",
     "latency",
+    "load_classifier",
     "magnitude",
     "multiply_adds",
     "remove_channels",

@@ -117,7 +117,7 @@ def _name_unread(task: str) -> None:
 def _show(facts: Facts, folder: Path) -> float:
     rich.print(summary(facts))
     rich.print(f"Report: {folder / 'report.html'}")
-    if not document(facts).reached:
+    if not document(facts, str(folder)).reached:
         _missed.append(folder)
     return facts["final"]["val_accuracy"]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from pruneflow.classifying import describe, metadata
 from pruneflow.delivery import deliver
 from pruneflow.deploy import Form, load_packed
 from pruneflow.deploy.forms import markdown
@@ -48,6 +50,8 @@ class Deployment:
         self.config = config
         self.folder = folder
         self.data = build_data(config.data)
+        node: Any = OmegaConf.to_container(config.model, resolve=True)
+        self.description = describe(node, self.data)
         self.dense, self.pruned = (build_network(config.model, self.data) for _ in range(2))
         if config.dense.weights is not None:
             load_weights(self.dense, config.dense.weights)
@@ -66,6 +70,7 @@ class Deployment:
             self.folder,
             batches=self.config.deploy.batches,
             threads=self.config.deploy.threads,
+            metadata=metadata(self.description),
         )
         if self.config.dense.weights is None:
             for form in forms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pruneflow.classifying import snippet
 from pruneflow.deploy.forms import Form, table
 from pruneflow.facts import Facts
 from pruneflow.plots import sparsity_text
@@ -65,8 +66,8 @@ def _verdict(facts: Facts) -> tuple[str, str, bool]:
     if facts["costs"] is not None:
         reached = final["removed"] >= target * (1 - 1e-9)
         what = (
-            f"{_sparsity(final['removed'])} of the {_costs(facts)} of prunable weights is gone: "
-            f"{what}"
+            f"{_sparsity(final['removed'])} of the {_costs(facts)} of prunable weights "
+            f"{'is' if facts['costs'] == 'latency' else 'are'} gone: {what}"
         )
         over = final["removed"] - target
         if not reached:
@@ -106,9 +107,8 @@ def _reached(facts: Facts, what: str, over: float, accuracy: str) -> tuple[str, 
 
 def _costs(facts: Facts) -> str:
     """What a target counts. Latency is a sum of prices per weight, so it is estimated."""
-    names = {"latency": "estimated latency", "multiply_adds": "multiply-adds"}
-    costs = facts["costs"] or "weights"
-    return names.get(costs, costs)
+    costs = (facts["costs"] or "weights").replace("_", "-")
+    return f"estimated {costs}" if costs == "latency" else costs
 
 
 def _limits(facts: Facts) -> str:
@@ -323,8 +323,38 @@ def _files(facts: Facts) -> Section:
     )
 
 
-def document(facts: Facts) -> Document:
-    """All that a report says about a run."""
+def _use(facts: Facts, folder: str) -> Section:
+    about = facts["classifier"]
+    if about["mean"] is None or about["std"] is None:
+        return Section(
+            title="Use it",
+            note=(
+                "The datamodule has no `mean` and `std`, so the files do not say how pictures "
+                "become inputs: load_classifier needs both."
+            ),
+        )
+    picture = f"{folder}/example.png" if facts["example"] is not None else "picture.png"
+    shown = "" if facts["example"] is None else f" example.png is of class {facts['example']}."
+    channels, height, width = about["image_shape"]
+    return Section(
+        title="Use it",
+        code=snippet(about, folder, picture),
+        note=(
+            f"From the folder that the run was started in.{shown} Any picture will do: it is made "
+            f"{'grey' if channels == 1 else 'RGB'}, cropped and resized to {width} × {height} "
+            "pixels. The names of the classes, mean and std stand in report.json and in the "
+            "metadata of model.safetensors, model.packed and shrunk.onnx."
+        ),
+    )
+
+
+def document(facts: Facts, folder: str) -> Document:
+    """All that a report says about a run.
+
+    Args:
+        facts: What it found.
+        folder: Where its files lie, as seen from where it was started.
+    """
     verdict, explanation, reached = _verdict(facts)
     per_class = zip(facts["classes"], facts["final"]["test_per_class"], strict=True)
     return Document(
@@ -337,6 +367,7 @@ def document(facts: Facts) -> Document:
             _before_and_after(facts),
             *([forms_section(facts["forms"])] if facts["forms"] else []),
             _files(facts),
+            _use(facts, folder),
             _rounds(facts),
             Section(
                 title="Plots",

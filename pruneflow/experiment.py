@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pruneflow import provenance
 from pruneflow.callback import PruningCallback
 from pruneflow.checkpoint_io import AtomicCheckpointIO, check_whole
+from pruneflow.classifying import describe, metadata
 from pruneflow.delivery import deliver
 from pruneflow.deploy import Form
 from pruneflow.facts import Facts, FinishedRound, layers, planned_rounds, size
@@ -42,7 +43,14 @@ from pruneflow.preflight import (
 )
 from pruneflow.pruner import Pruner
 from pruneflow.report import write_report
-from pruneflow.run_folder import drop_checkpoints, load_cached, save_cached, save_network
+from pruneflow.run_folder import (
+    drop_checkpoints,
+    load_cached,
+    pictures,
+    save_cached,
+    save_example,
+    save_network,
+)
 from pruneflow.sparsity import sparsity_report
 
 _log = logging.getLogger(__name__)
@@ -108,6 +116,8 @@ class Experiment:
         self.network = build_network(config.model, self.data)
         if config.dense.weights is not None:
             load_weights(self.network, config.dense.weights)
+        node: Any = OmegaConf.to_container(config.model, resolve=True)
+        self.description = describe(node, self.data)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
         self.scope: Any = config.pruning.scope
         if OmegaConf.is_config(self.scope):
@@ -179,11 +189,12 @@ class Experiment:
 
         with self._timed("test"):
             dense_accuracies, _ = self._evaluate(dense)
-            accuracies, counts = self._evaluate(self.network)
-        save_network(self.network, self.folder / "model.safetensors")
+            accuracies, tested = self._evaluate(self.network)
+        save_network(self.network, self.folder / "model.safetensors", metadata(self.description))
+        self.example = save_example(self.data, self.folder / "example.png")
         with self._timed("deliver"):
             forms = self._deliver(dense)
-        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, per_class, forms)
+        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, tested, forms)
         write_report(self.folder, facts, rows)
         drop_checkpoints(self.folder)
         return facts
@@ -197,7 +208,7 @@ class Experiment:
             _log.warning("`data` has no fingerprint(): the dense phase is not cached")
         if config.cache is None or not config.epochs or not hasattr(self.data, "fingerprint"):
             rows = self._train_dense()
-            save_network(self.network, target)
+            save_network(self.network, target, metadata(self.description))
             return rows, False
         cache = Path(config.cache) / f"{self._dense_key()}.safetensors"
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +225,7 @@ class Experiment:
             if not cached:
                 rows = self._train_dense()
                 save_cached(self.network, cache, rows)
-        save_network(self.network, target)
+        save_network(self.network, target, metadata(self.description))
         return rows, cached
 
     def _train_dense(self) -> list[Row]:
@@ -252,13 +263,13 @@ class Experiment:
         self.seconds[stage] = history.seconds
         return history.rows
 
-    def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], list[float]]:
+    def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], Any]:
         classifier = self._classifier(network, 1)
         trainer = self._trainer(0, 1, enable_progress_bar=False)
         validated = trainer.validate(classifier, datamodule=self.data, verbose=False)[0]
         tested = trainer.test(classifier, datamodule=self.data, verbose=False)[0]
         self.test_batches = int(trainer.num_test_batches[0])
-        return {**validated, **tested}, classifier.test_per_class
+        return {**validated, **tested}, classifier
 
     def _deliver(self, dense: nn.Module) -> list[Form]:
         settings = self.config.deploy
@@ -271,6 +282,7 @@ class Experiment:
             self.folder,
             batches=settings.batches,
             threads=settings.threads,
+            metadata=metadata(self.description),
         )
 
     # -- parts ------------------------------------------------------------------------------------
@@ -348,7 +360,7 @@ class Experiment:
         cached: bool,
         dense: dict[str, float],
         final: dict[str, float],
-        per_class: list[float],
+        tested: Any,
         forms: list[Form],
     ) -> Facts:
         slots = self.selection.slots
@@ -387,10 +399,19 @@ class Experiment:
                 "removed": removed / total,
                 "val_accuracy": final["val_accuracy"],
                 "test_accuracy": final["test_accuracy"],
-                "test_per_class": per_class,
+                "test_per_class": [
+                    accuracy if count else None
+                    for accuracy, count in zip(
+                        tested.test_per_class, tested.test_counts, strict=True
+                    )
+                ],
+                "tested": sum(tested.test_counts),
+                "test_pictures": pictures(self.data.test_dataloader()),
             },
             "size": size(report, self.folder),
             "layers": layers(report),
+            "classifier": self.description,
+            "example": self.example,
             "forms": forms,
             "seconds": self.seconds,
             "frozen": list(self.selection.frozen),

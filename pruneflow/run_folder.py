@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 from pruneflow.files import write_whole
 from pruneflow.history import Row
@@ -58,6 +60,31 @@ def load_cached(network: nn.Module, path: Path) -> list[Row]:
     network.load_state_dict(tensors)
     rows: list[Row] = json.loads(metadata["history"])
     return rows
+
+
+def pictures(loader: Any) -> int | None:
+    """How many pictures a loader gives; None where it does not say."""
+    count: int | None = getattr(getattr(loader, "sampler", None), "count", None)
+    if count is None and hasattr(getattr(loader, "dataset", None), "__len__"):
+        count = len(loader.dataset)
+    return count
+
+
+def save_example(data: Any, path: Path) -> str | None:
+    """Write the first test picture of a datamodule as it was before it was normalised.
+
+    Returns:
+        The name of its class; None where mean and deviation are not known, or it is no picture.
+    """
+    mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+    if mean is None or std is None or data.image_shape[0] not in (1, 3):
+        return None
+    images, labels = next(iter(data.test_dataloader()))
+    mean, std = (torch.tensor(list(values)).reshape(-1, 1, 1) for values in (mean, std))
+    image = (images[0].cpu().float() * std + mean).clamp(0, 1)
+    with write_whole(path) as temporary:
+        to_pil_image(image).save(temporary)
+    return str(data.classes[int(labels[0])])
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

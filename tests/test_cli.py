@@ -10,10 +10,13 @@ import sys
 import time
 
 import forked
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pruneflow import load_classifier
+from pruneflow.classifying import KEY
 from pruneflow.ends import TARGET_MISSED
 from pruneflow.models import small_cnn
 
@@ -90,6 +93,7 @@ def test_the_run_folder(finished):
         "checkpoints/dense.safetensors",
         "model.packed",
         "model.safetensors",
+        "example.png",
         "report.json",
         "report.md",
         "report.html",
@@ -118,6 +122,21 @@ def test_the_model_loads_strict_into_the_plain_network_with_exact_zeros(finished
     assert zeros == round(0.98 * weights) == sum(layer["zeros"] for layer in report["layers"])
     remaining = sum(int((p != 0).sum()) for p in network.parameters())
     assert report["size"]["remaining"] == pytest.approx(remaining, abs=2)  # a bias may be zero
+
+
+def test_the_lines_in_the_report_classify_a_picture_in_a_fresh_process(finished):
+    folder, _ = finished
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "report.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) == 3
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    said = re.fullmatch(r"Prediction\(name='(\d)', probability=(0\.\d+|1\.0)\)\n", run.stdout)
+    assert said, run.stdout
+    report = facts(folder)
+    assert report["example"] in report["classifier"]["classes"]
+    assert report["classifier"]["arguments"] == {"width": 32, "num_classes": 10, "in_channels": 1}
+    assert len(report["classifier"]["mean"]) == len(report["classifier"]["std"]) == 1
 
 
 def test_the_report_agrees_with_the_metrics(finished):
@@ -281,6 +300,13 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
         assert set(form["seconds"]) == {"1", "3"}
         assert form["bytes"] > 0 and form["peak_bytes"] > 0
     assert (tmp_path / "forms" / "forms.md").read_text().count("\n") == len(forms) + 2
+    about = facts(folder)["classifier"]
+    exported = onnx.load(tmp_path / "forms" / "shrunk.onnx").metadata_props
+    assert [json.loads(entry.value) for entry in exported if entry.key == KEY] == [about]
+    classifier = load_classifier(tmp_path / "forms" / "model.packed")
+    assert classifier.predict(folder / "example.png") == load_classifier(folder).predict(
+        folder / "example.png"
+    )
     for file in ("model.packed", "shrunk.pt2", "shrunk.onnx"):
         assert (tmp_path / "forms" / file).stat().st_size > 0
     assert "What is handed over" in run.stdout

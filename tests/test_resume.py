@@ -228,11 +228,13 @@ STARTS = {
         (*SHORT, "hydra.run.dir=outputs/others/run", "dense.epochs=1"),
         training_step(1),
     ),
-    "none like it": (
+    "with other keys": (
         "killed",
-        (*SHORT, "recipe=digits", "resume=true", "hydra.run.dir=outputs/others/run")
-        + ("dense.epochs=1", "deploy.batches=[1]", "deploy.threads=1", "logger=csv")
-        + ("trainer.enable_progress_bar=true", "data.num_workers=1"),
+        (
+            *(*SHORT, "resume=true", "hydra.run.dir=outputs/others/run", "dense.epochs=1"),
+            *("deploy.batches=[1]", "deploy.threads=1", "logger=csv", "data.num_workers=1"),
+            "trainer.enable_progress_bar=true",
+        ),
         training_step(1),
     ),
     "near": ("near", (*SHORT, "seed=3", "hydra.run.dir=outputs/digits/near"), training_step(1)),
@@ -365,7 +367,7 @@ def test_a_run_of_another_configuration_is_refused_with_what_differs(starts):
 
 
 def test_what_does_not_change_the_result_may_differ(starts):
-    assert "Resuming the run in" in starts[1]["none like it"][1]
+    assert "Resuming the run in" in starts[1]["with other keys"][1]
 
 
 def test_a_run_that_is_nearly_the_same_is_named_with_what_differs(starts):

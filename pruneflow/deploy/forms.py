@@ -172,8 +172,10 @@ def _time(form: Form, dense: Form, batch: str) -> str:
     Example:
         >>> dense = {**_form("dense", ""), "seconds": {"1": 0.003}, "spread": {"1": 0.02}}
         >>> noisy = {"seconds": {"1": 0.001}, "speedup": {"1": 3.0}, "spread": {"1": 0.3}}
-        >>> _time({**dense, "speedup": {"1": 1.0}}, dense, "1"), _time({**dense, **noisy}, dense, "1")
-        ('3 ± 2 % (1.00×)', '≈1 ± 30 % (≈3.00×)')
+        >>> _time({**dense, "speedup": {"1": 1.0}}, dense, "1")
+        '3 ± 2 % (1.00×)'
+        >>> _time({**dense, **noisy}, dense, "1")
+        '≈1 ± 30 % (≈3.00×)'
     """
     own, reference = ("≈" if f["spread"][batch] > _NOISY else "" for f in (form, dense))
     time = f"{own}{_figure(1000 * form['seconds'][batch])} ± {100 * form['spread'][batch]:.0f} %"
