@@ -30,11 +30,11 @@ _log = logging.getLogger(__name__)
 # Key -> what it takes, and an example.
 _TYPES: dict[str, tuple[Any, Any]] = {
     "task": (Literal["prune", "deploy"], "prune"),
-    "checkpoint": (str | None, None),
+    "checkpoint": (str | None, "FILE"),
     "seed": (int, 0),
     "resume": (bool, True),
     "dense.epochs": (int, 10),
-    "dense.weights": (str | None, None),
+    "dense.weights": (str | None, "FILE"),
     "dense.cache": (str | None, None),
     "pruning.epochs": (int, 20),
     "pruning.exclude": (list[str], "['fc.*']"),
@@ -51,6 +51,9 @@ _RANGES: dict[str, tuple[int, float]] = {
     "deploy.threads": (1, math.inf),
     "trainer.accumulate_grad_batches": (1, math.inf),
 }
+
+
+_FILES = ("checkpoint", "dense.weights")
 
 
 class BuildError(ValueError):
@@ -95,22 +98,23 @@ def check_values(config: DictConfig) -> None:
         ValueError: Naming each key, what it takes and what came.
     """
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    wrong = []
+    wrong = [f"`{key}` must be set; give {key}=..." for key in OmegaConf.missing_keys(config)]
     for key, (hint, example) in {**_TYPES, **_annotated(values)}.items():
-        value = _value(values, key)
+        try:
+            value = _value(values, key)
+        except (KeyError, TypeError):  # it was taken out; whoever wants it will tell
+            continue
         least, most = _RANGES.get(key, (-math.inf, math.inf))
         if not _fits(value, hint):
             expected = _in_words(hint)
             example = [value] if _fits([value], hint) else example
-        elif all(least <= n <= most for n in _numbers(value)):
-            continue
-        else:
+        elif not all(least <= number <= most for number in _numbers(value)):
             expected = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+        elif key in _FILES and value is not None and not Path(value).is_file():
+            expected = "a file that is there"
+        else:
+            continue
         wrong.append(f"`{key}` must be {expected}, got {value!r}; give {key}={_plain(example)}")
-    for key in ("checkpoint", "dense.weights"):
-        file = _value(values, key)
-        if isinstance(file, str) and not Path(file).is_file():
-            wrong.append(f"`{key}` must be a file, got {file!r}, which is none; check the path")
     if wrong:
         raise ValueError("\n".join(wrong))
 
@@ -164,19 +168,32 @@ def _fits(value: Any, hint: Any) -> bool:
         (True, False, False, True)
         >>> _fits([0.5], list[float]), _fits(0.5, list[float]), _fits("a", Literal["a", "b"])
         (True, False, True)
+        >>> _fits("grey", list[float]), _fits("a", float | nn.Module), _fits("cpu", torch.device)
+        (False, False, True)
     """
     origin, arguments = get_origin(hint), get_args(hint)
+    if isinstance(value, dict):  # a node of its own, or a mapping
+        return True
     if origin in (Union, types.UnionType):
-        return any(_fits(value, member) for member in arguments)
+        known = [member for member in arguments if get_origin(member) or member in _CLASSES]
+        return not known or any(_fits(value, member) for member in known)
     if origin is Literal:
         return value in arguments
-    if isinstance(origin, type) and issubclass(origin, Sequence) and isinstance(value, list):
-        inner = next((argument for argument in arguments if argument is not ...), object)
-        return all(_fits(item, inner) for item in value)
-    classes = {float: (float, int), Path: str, None: type(None)}.get(hint, origin or hint)
-    if isinstance(value, dict) or not isinstance(classes, type | tuple):
-        return True  # a node of its own or a mapping; an annotation that is no class
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        inner = next((argument for argument in arguments if argument is not ...), Any)
+        return isinstance(value, list) and all(_fits(item, inner) for item in value)
+    classes = _CLASSES.get(hint, object)  # who knows what else takes a text or a number
     return isinstance(value, classes) and not (isinstance(value, bool) and hint in (int, float))
+
+
+_CLASSES: dict[Any, type | tuple[type, ...]] = {
+    int: int,
+    float: (float, int),
+    bool: bool,
+    str: str,
+    Path: str,
+    type(None): type(None),
+}
 
 
 def _in_words(hint: Any) -> str:
@@ -190,13 +207,12 @@ def _in_words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (Union, types.UnionType):
-        known = {_in_words(m): m for m in arguments if get_origin(m) or m in _WORDS}
-        if float in arguments:
-            known.pop(_WORDS[int], None)
-        return " or ".join(known)
+        known = [member for member in arguments if get_origin(member) or member in _WORDS]
+        words = [_in_words(m) for m in known if not (m is int and float in known)]
+        return " or ".join(dict.fromkeys(words))
     if arguments:
         return f"a list of {_in_words(arguments[0]).removeprefix('a ')}s"
-    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+    return _WORDS.get(hint, "a list")
 
 
 _WORDS = {

@@ -10,7 +10,6 @@ import sys
 import time
 
 import forked
-import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -282,11 +281,11 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
         f"dense.weights={folder / 'checkpoints' / 'dense.safetensors'}",
         "deploy.batches=[1,3]",
         "schedule.target=0.5",
-        "+dense.epochs=3",
+        "++dense.epochs=3",
         "hydra.run.dir=forms",
         cwd=tmp_path,
     )
-    assert "task=deploy does not read schedule.target=0.5, +dense.epochs=3\n" in run.stdout
+    assert "task=deploy does not read schedule.target=0.5, ++dense.epochs=3\n" in run.stdout
     forms = json.loads((tmp_path / "forms" / "forms.json").read_text())
     names = [form["name"] for form in forms]
     assert names[0] == "dense"
@@ -300,6 +299,7 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
         assert set(form["seconds"]) == {"1", "3"}
         assert form["bytes"] > 0 and form["peak_bytes"] > 0
     assert (tmp_path / "forms" / "forms.md").read_text().count("\n") == len(forms) + 2
+    onnx = pytest.importorskip("onnx", reason="needs pip install 'pruneflow[deploy]'")
     about = facts(folder)["classifier"]
     exported = onnx.load(tmp_path / "forms" / "shrunk.onnx").metadata_props
     assert [json.loads(entry.value) for entry in exported if entry.key == KEY] == [about]
@@ -382,7 +382,10 @@ def test_help_and_cfg(tmp_path):
         (["pruning.exclude=['fc.*']"], "`exclude` pattern 'fc.*' is expected to match"),
         (["pruning.scope=channel"], "`scope` is expected to be"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
-        (["dense.weights=nowhere.pt"], "`dense.weights` must be a file, got 'nowhere.pt'"),
+        (
+            ["dense.weights=nowhere.pt"],
+            "`dense.weights` must be a file that is there, got 'nowhere.pt'",
+        ),
         (["importance=ln_structured"], "`scope` is expected to be 'layer' for LnStructured"),
         (["lr_scheduler.warmup_epochs=3"], "`warmup_epochs`"),
         (["classifier.label_smoothing=2"], "`label_smoothing`"),
@@ -399,13 +402,19 @@ def test_help_and_cfg(tmp_path):
             "(in `trainer`; change or leave out trainer.accelerator=warp",
         ),
         (["granularity=two_of_four", "granularity.n=9"], "(in `granularity`; change or leave out"),
-        (["checkpoint=nowhere.pt"], "`checkpoint` must be a file, got 'nowhere.pt'"),
+        (["checkpoint=nowhere.pt"], "`checkpoint` must be a file that is there, got 'nowhere.pt'"),
         (["trainer.devices=2"], "`trainer.devices` is expected to be 1"),
         (["pruning.optimizer_state=forget"], "`optimizer_state` is expected to be"),
         (["recipe=resnet"], "resnet18_cifar10_short"),
         (["task=deploy"], "`checkpoint` is expected to name the pruned weights"),
-        (["task=deploy", "checkpoint=nowhere.pt"], "`checkpoint` must be a file, got 'nowhere.pt'"),
-        (["task=deploy", "checkpoint=no.packed"], "`checkpoint` must be a file, got 'no.packed'"),
+        (
+            ["task=deploy", "checkpoint=nowhere.pt"],
+            "`checkpoint` must be a file that is there, got 'nowhere.pt'",
+        ),
+        (
+            ["task=deploy", "checkpoint=no.packed"],
+            "`checkpoint` must be a file that is there, got 'no.packed'",
+        ),
         (["task=compare"], "`task` must be 'prune' or 'deploy', got 'compare'"),
         (["schedule=cubik"], "one_shot"),
         (["pruning.epoch=3"], "pruning.epoch"),

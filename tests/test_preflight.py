@@ -104,7 +104,10 @@ def with_parts(config, **parts):
         ("dense.epochs=-1", "`dense.epochs` must be at least 0, got -1; give dense.epochs=10"),
         ("dense.epochs=1.5", "`dense.epochs` must be a whole number, got 1.5"),
         ("dense.weights=3", "`dense.weights` must be a text or null, got 3"),
-        ("dense.weights=nowhere.pt", "`dense.weights` must be a file, got 'nowhere.pt'"),
+        (
+            "dense.weights=nowhere.pt",
+            "`dense.weights` must be a file that is there, got 'nowhere.pt'",
+        ),
         ("pruning.epochs=two", "`pruning.epochs` must be a whole number, got 'two'"),
         ("pruning.exclude=null", "`pruning.exclude` must be a list of texts, got None"),
         ("pruning.exclude=fc", '; give pruning.exclude=["fc"]'),
@@ -143,6 +146,10 @@ def with_parts(config, **parts):
 def test_values_of_the_wrong_type_or_range_are_refused(composed, override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check_values(composed(*override.split()))
+
+
+def test_a_key_that_was_taken_out_is_left_to_whoever_reads_it(composed):
+    check_values(composed("~dense.cache", "~trainer.precision"))
 
 
 def test_all_that_is_wrong_is_said_at_once(composed):
