@@ -51,7 +51,7 @@ def _run(config: DictConfig) -> float | None:
         if config.resume and config.task == "prune":
             _check_resumed(config, folder)
             if _is_finished(folder):
-                _log.info("Finished already: %s", folder)
+                _log.info("Finished already: %s (task=deploy measures its forms anew)", folder)
                 drop_checkpoints(folder)  # a run killed just before it ended has left them
                 return _show(_read_facts(folder), folder)
         job = _prepare(config, folder, recipe)
@@ -158,7 +158,11 @@ def _check_resumed(config: DictConfig, folder: Path) -> None:
         _name_others(config, folder)
     if not (folder / "config.yaml").exists():
         return
-    different = _differences(_settings(folder), _settings(config))
+    try:
+        there = _settings_of(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and `resume` starts anew there") from error
+    different = _differences(there, _settings(config))
     if different:
         raise ValueError(
             f"`resume` is expected to find a run of this configuration, but the one in {folder} "
@@ -180,10 +184,11 @@ def _run_folder(parent: str, fresh: str, *, _root_: DictConfig) -> str:
 def _unfinished(parent: Path, config: DictConfig) -> list[tuple[Path, list[str] | str]]:
     """The unfinished runs in a folder, each with what differs, or why that cannot be told."""
     here, found = _settings(config), list[tuple[Path, list[str] | str]]()
-    for folder in sorted(path.parent for path in parent.glob("*/checkpoints")):
+    paths = (*parent.glob("*/config.yaml"), *parent.glob("*/checkpoints"))
+    for folder in sorted({path.parent for path in paths}):
         if not _is_finished(folder):
             try:
-                found.append((folder, _differences(_settings(folder), here)))
+                found.append((folder, _differences(_settings_of(folder), here)))
             except ValueError as error:
                 found.append((folder, str(error)))
     return found
@@ -219,25 +224,25 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
 
 
-def _settings(source: DictConfig | Path) -> dict[str, Any]:
-    """All that determines the result: `schedule.target` and so on, and their values.
+def _settings(config: Any) -> dict[str, Any]:
+    """All that determines the result: `schedule.target` and so on, and their values."""
+    keys = [key for key in config if key != "hydra"]
+    node: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    return provenance.determining(node)
 
-    Args:
-        source: A configuration, or the folder of a run.
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """The same of a run.
 
     Raises:
-        ValueError: If the file in the folder is missing or damaged.
+        ValueError: If the file that holds them is missing or damaged.
     """
+    path = folder / "config.yaml"
     try:
-        config: Any = source
-        if isinstance(source, Path):
-            config = OmegaConf.load(source / "config.yaml")
-        keys = [key for key in config if key != "hydra"]
-        node: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+        return _settings(OmegaConf.load(path))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{source}/config.yaml is missing or damaged ({said})") from error
-    return provenance.determining(node)
+        raise ValueError(f"{path} is missing or damaged ({said})") from error
 
 
 def _is_finished(folder: Path) -> bool:

@@ -62,7 +62,8 @@ def deliver(
 def _add_metadata(
     pruned: nn.Module, folder: Path, metadata: Mapping[str, str], forms: list[Form]
 ) -> None:
-    save_packed(pruned.state_dict(), folder / "model.packed", metadata=metadata)
+    if any(form["file"] == "model.packed" for form in forms):
+        save_packed(pruned.state_dict(), folder / "model.packed", metadata=metadata)
     exported = folder / "shrunk.onnx"
     if exported.exists():
         import onnx  # noqa: PLC0415  what wrote the file needs it, and nobody else

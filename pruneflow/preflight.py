@@ -69,9 +69,10 @@ class BuildError(ValueError):
         self.key = key
 
 
-def unwrap(error: InstantiationException) -> BuildError:
+def unwrap(error: InstantiationException, key: str = "") -> BuildError:
     """What a constructor said, without what Hydra wraps it in but for the key."""
-    return BuildError(str(error).rpartition("full_key: ")[2], error.__cause__ or error)
+    _, named, full_key = str(error).rpartition("full_key: ")
+    return BuildError(full_key if named else key, error.__cause__ or error)
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def building(key: str) -> Iterator[None]:
     try:
         yield
     except InstantiationException as error:
-        raise unwrap(error) from error
+        raise unwrap(error, key) from error
     except Exception as error:
         raise BuildError(key, error) from error
 

@@ -244,6 +244,7 @@ STARTS = {
         training_step(1),
     ),
     "beside them": ("near", (*SHORT, "resume=true"), None),
+    "damaged": ("near", (*SHORT, "resume=true", "hydra.run.dir=outputs/digits/cut"), None),
     "dense": ("near", (*SHORT, "dense.epochs=1", "hydra.run.dir=dense"), None),
     "dense, damaged": ("near", (*SHORT, "dense.epochs=1", "hydra.run.dir=dense"), None),
     "to be replaced": (
@@ -386,6 +387,13 @@ def test_a_run_that_is_nearly_the_same_is_named_with_what_differs(starts):
 def test_damaged_folders_are_named_and_passed_over(starts, damaged):
     output = starts[1]["beside them"][1]
     assert re.search(rf"passes over \S*/{damaged}: \S*config.yaml is missing or damaged \(", output)
+
+
+def test_a_damaged_folder_that_is_asked_for_is_refused_with_the_remedy(starts):
+    status, output = starts[1]["damaged"]
+    assert status == 1
+    assert re.search(r"cut/config.yaml is missing or damaged \(.*; delete it, and `resume`", output)
+    assert "Traceback" not in output
 
 
 def test_a_damaged_dense_cache_is_named_and_made_anew(starts):
