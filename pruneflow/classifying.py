@@ -100,7 +100,8 @@ def load_classifier(path: str | Path, network: nn.Module | None = None) -> Image
     """
     path = Path(path)
     if path.is_dir():
-        path /= "model.safetensors"
+        files = [path / "model.safetensors", path / "model.packed"]  # task=deploy writes the latter
+        path = next((file for file in files if file.exists()), files[0])
     if not path.is_file():
         raise FileNotFoundError(
             f"`path` must be a run folder or a file of weights, got {str(path)!r}, which is none; "

@@ -303,7 +303,7 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
     about = facts(folder)["classifier"]
     exported = onnx.load(tmp_path / "forms" / "shrunk.onnx").metadata_props
     assert [json.loads(entry.value) for entry in exported if entry.key == KEY] == [about]
-    classifier = load_classifier(tmp_path / "forms" / "model.packed")
+    classifier = load_classifier(tmp_path / "forms")
     assert classifier.predict(folder / "example.png") == load_classifier(folder).predict(
         folder / "example.png"
     )
