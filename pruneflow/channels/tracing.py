@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pruneflow.channels.subclasses import SubclassTracer, recognise
+
 _IN_PLACE_OPERATORS = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -20,8 +22,9 @@ _IN_PLACE_OPERATORS = {
 def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     """Record the forward pass of `model` with its first argument as the only input.
 
-    PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened. Every node whose value is a
-    tensor gets its shape and dtype in `node.meta`.
+    PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened, and so are subclasses of
+    layers, see `recognise`. Every node whose value is a tensor gets its shape and dtype in
+    `node.meta`.
 
     Args:
         model: In evaluation mode. The result shares its layers.
@@ -47,7 +50,10 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:  # as of `_` in `x, _ = ...`
             graph.erase_node(node)
+    layers = recognise(model, graph)
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    for name, layer in layers.items():
+        traced.set_submodule(name, layer)
     _Shapes(traced).run(example_input.clone())
     return traced
 
@@ -126,7 +132,7 @@ class Storage:
         )
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(SubclassTracer):
     def create_args_for_root(
         self,
         root_fn: Callable[..., Any],

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
+from pruneflow.channels.subclasses import SubclassTracer, recognise
 from pruneflow.deploy.runtime.known import CLAMPS, DROPOUTS, FUNCTIONS, POOLS, PRODUCTS, SUMS
 from pruneflow.deploy.runtime.layers import (
     INFINITY,
@@ -38,7 +39,7 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(SubclassTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -62,7 +63,11 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
     try:
         # Around it one more module, as those of PyTorch are kept whole but for the outermost.
         whole = nn.Sequential(model)
-        traced = fx.GraphModule(whole, _Tracer().trace(whole))
+        graph = _Tracer().trace(whole)
+        layers = recognise(whole, graph)
+        traced = fx.GraphModule(whole, graph)
+        for name, layer in layers.items():
+            traced.set_submodule(name, layer)
     except Exception as error:
         raise ValueError(
             "`model` is expected to be traceable by torch.fx, but tracing it failed with: "
@@ -87,7 +92,8 @@ def _drop_assertions(graph: fx.Graph) -> None:
     """Leave out what the model asserts, such as the size of its images: each call checks that."""
     read_by_them: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        alone = node in read_by_them and node.op == "call_function" and not node.users
+        reads = node in read_by_them or node.target is getattr  # as the text of an assertion does
+        alone = reads and node.op == "call_function" and not node.users
         if alone or node.target is torch._assert:
             read_by_them.update(node.all_input_nodes)
             graph.erase_node(node)
