@@ -63,6 +63,11 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if "shape" in source.meta]
 
 
+def of_parameters(node: fx.Node) -> bool:
+    """Whether a value is computed from parameters and buffers alone."""
+    return node.op == "get_attr" or node.meta.get("of_parameters", False)
+
+
 def is_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node writes its result over its first input."""
     if node.op == "call_module":
@@ -199,6 +204,8 @@ class _Shapes(fx.Interpreter):
     @torch.no_grad()
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        sources = n.all_input_nodes
+        n.meta["of_parameters"] = bool(sources) and all(map(of_parameters, sources))
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
             n.meta["dtype"] = result.dtype

@@ -13,7 +13,14 @@ from pruneflow.channels.flow import Flow
 from pruneflow.channels.layers import Weighted
 from pruneflow.channels.operations import SUMS, makes_a_new_tensor
 from pruneflow.channels.rules import Rule
-from pruneflow.channels.tracing import Storage, is_in_place, out_of_place, tensor_inputs, trace
+from pruneflow.channels.tracing import (
+    Storage,
+    is_in_place,
+    of_parameters,
+    out_of_place,
+    tensor_inputs,
+    trace,
+)
 
 
 def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False) -> nn.Module:
@@ -90,11 +97,16 @@ def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
             continue
         for source in tensor_inputs(node):
             channels = flow.values.get(source)
-            if channels is None or not (channels.known | ~channels.needed).all():
+            if channels is None or of_parameters(source):
+                continue
+            if not (channels.known | ~channels.needed).all():
                 continue
             others = [other for other in tensor_inputs(node) if other is not source]
             # Another input has to give the result its shape.
-            if any(o.op != "get_attr" and o.meta["shape"] == node.meta["shape"] for o in others):
+            if any(
+                not of_parameters(other) and other.meta["shape"] == node.meta["shape"]
+                for other in others
+            ):
                 folded.add(node)
                 _insert_constant(traced, flow, node, source)
                 break
