@@ -38,11 +38,12 @@ SUMS = {operator.add, torch.add, "add"}
 _POINTWISE = {
     *SUMS,
     *(operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.neg),
-    *(torch.sub, torch.mul, torch.neg, torch.clamp, torch.abs),
+    *(torch.sub, torch.mul, torch.neg, torch.clamp, torch.abs, torch.exp, torch.sqrt, torch.rsqrt),
     *(torch.relu, torch.sigmoid, torch.tanh, F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu),
     *(F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh),
     *(F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid),
     *("add_", "sub", "sub_", "mul", "mul_", "neg", "clamp", "clamp_", "abs"),
+    *("exp", "sqrt", "rsqrt"),
     *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "clone"),
 }
 _SAME = {"contiguous", "detach"}
@@ -98,7 +99,8 @@ def makes_a_new_tensor(traced: fx.GraphModule, node: fx.Node) -> bool:
 def _rule_of_layer(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule:
     module: Any = traced.get_submodule(str(node.target))
     kind, own = type(module), node.target in flow.own
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    own_code = "forward" in vars(module)  # set on this one, as accelerate does
+    hooked = own_code or module._forward_hooks or module._forward_pre_hooks
     if own and not hooked and kind is nn.MultiheadAttention and _can_be_opened(module, node):
         return Attention(traced, flow, node)
     if hooked or "shape" not in node.meta or len(node.args) != 1 or node.kwargs:

@@ -138,7 +138,7 @@ class Held(Rule):
             yield Entries(str(self.node.target), channels.dim, channels)
 
     def cut(self) -> bool:
-        """Cut it where it lies in the graph; the model has another."""
+        """Cut it."""
         channels = self.flow.values.get(self.node)
         if channels is None or self.flow.kept(channels).all():
             return False
@@ -150,7 +150,7 @@ class Held(Rule):
         if isinstance(old, nn.Parameter):
             tensor = nn.Parameter(tensor, old.requires_grad)
         setattr(module, attribute, tensor)
-        return True
+        return False
 
 
 class Pointwise(Rule):

@@ -41,6 +41,13 @@ class SubclassTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Record the forward pass."""
         with _dimensions_unchecked():
+            try:
+                return super().trace(root, concrete_args)
+            except Exception:  # it is the model's own code
+                if not self.proxy_buffer_attributes:
+                    raise
+            # Control flow may depend on a buffer, which is a plain tensor then.
+            self.proxy_buffer_attributes = False
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -138,6 +138,8 @@ class Storage:
 
 
 class _Tracer(SubclassTracer):
+    proxy_buffer_attributes = True  # what is computed from them, as FrozenBatchNorm2d does, is seen
+
     def create_args_for_root(
         self,
         root_fn: Callable[..., Any],

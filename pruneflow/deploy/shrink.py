@@ -85,8 +85,18 @@ def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False)
                 node.meta.clear()  # of shapes that were
             traced.graph.lint()
             small = fx.GraphModule(traced, traced.graph, type(model).__name__).eval()
+        else:
+            _hand_over(traced, small)
         check_same(expected, small(example_input.clone()), "shrinking")
     return small
+
+
+def _hand_over(traced: fx.GraphModule, small: nn.Module) -> None:
+    """Give the model the parameters and buffers of the graph; the layers are one and the same."""
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            setattr(small.get_submodule(owner), name, getattr(traced.get_submodule(owner), name))
 
 
 def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:

@@ -182,6 +182,8 @@ class _Capture:
     def module(self, node: fx.Node, module: Any) -> None:
         value = self.operand(node)
         kind = type(module)
+        if "forward" in vars(module):
+            self.refuse(node, f"a {kind.__name__} with a `forward` of its own")
         # Exact types: a subclass may compute something else.
         if kind in (nn.Identity, *DROPOUTS) or kind.__name__ == "StochasticDepth":
             if module.training and kind is not nn.Identity:
@@ -189,7 +191,7 @@ class _Capture:
             self.values[node] = value
         elif kind is nn.Conv2d:
             self.convolution(node, module, value)
-        elif kind in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        elif kind is nn.Linear:
             if len(self.shape(node)) != 1:
                 self.refuse(node, "a Linear over other than (batch, features)")
             reads = Window((1, 1), kernel=(1, 1), output=(1, 1))
