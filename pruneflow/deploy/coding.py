@@ -68,10 +68,13 @@ class Entry:
         """
         name = self.name
         expect(isinstance(name, str), f"the name {name!r} is no text")
-        expect(_are_counts(self.shape) and len(self.shape) <= _MOST_DIMENSIONS, f"{name!r} has no shape")
-        expect(_are_counts([self.kept, self.start, self.crc32]), f"a number of {name!r} is none")
+        shaped = _are_counts(self.shape) and len(self.shape) <= _MOST_DIMENSIONS
+        expect(shaped, f"the shape of {name!r} is none")
+        counts = [self.kept, self.start, self.crc32]
+        expect(_are_counts(counts), f"{name!r} has counts that are none: {counts}")
         pairs = isinstance(self.streams, list) and all(map(_are_counts, self.streams))
-        expect(pairs and all(len(pair) == 2 for pair in self.streams), f"{name!r} has no streams")
+        pairs = pairs and all(len(pair) == 2 for pair in self.streams)
+        expect(pairs, f"the streams of {name!r} are none")
         for dtype in (self.dtype, self.values):
             known = isinstance(dtype, str) and dtype in DTYPES
             expect(known, f"{dtype!r} is no dtype of this PyTorch")

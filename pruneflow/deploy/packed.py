@@ -303,6 +303,8 @@ def _index(file: Any, path: str | Path) -> dict[str, Entry]:
         expect(about["index_bytes"] <= _MOST_INDEX_BYTES, "its index is too long")
         expect(about["index_bytes"] <= len(index) * _MOST_TIMES_LONGER, "its index is too long")
         listed = json.loads(decompress(index, about["index_bytes"]))
+        objects = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
+        expect(objects, "its index is no list of tensors")
         (size,) = file.get_slice("data").get_shape()
         return _checked([Entry(**entry) for entry in listed], size)
 
