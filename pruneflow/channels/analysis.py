@@ -47,16 +47,13 @@ def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
     places = Counter(id(tensor) for module in model.modules() for tensor in _held(module))
     places.update(id(tensors[name]) for name in nodes if name in tensors)
     modules = {name for name in nodes if name not in tensors}
-    users = {
-        str(node.target): len(node.users) for node in traced.graph.nodes if node.op == "get_attr"
-    }
 
     def alone(name: str) -> bool:
         if name in modules:
             layer = traced.get_submodule(name)
             held = [tensor for module in layer.modules() for tensor in _held(module)]
             return all(places[id(tensor)] == 1 for tensor in held)
-        return places[id(tensors[name])] == 2 and users[name] == 1
+        return places[id(tensors[name])] == 2
 
     return {name for name, count in nodes.items() if count == 1 and alone(name)}
 
@@ -84,7 +81,7 @@ def analyse(traced: fx.GraphModule, own: set[str], *, fixed_size: bool) -> tuple
     flow = Flow(own, fixed_size=fixed_size)
     rules = []
     for node in traced.graph.nodes:
-        if node.op in ("placeholder", "get_attr") or node in flow.values:
+        if node.op == "placeholder" or node in flow.values:
             continue
         rule = Rule(traced, flow, node)
         if node not in overwritten and node.op != "output":

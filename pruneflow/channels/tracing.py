@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pruneflow.channels.subclasses import SubclassTracer, recognise
 from pruneflow.running import Example, arguments, clone
 
 # `x += y` and the like, and what they are where x cannot be changed, as a number.
@@ -27,10 +28,10 @@ _OPERATORS = {
 def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
     """Record the forward pass of `model` on the arguments that the example has, and no others.
 
-    PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened. Every node whose value is a
-    tensor gets its shape and dtype in `node.meta`. Whoever reads a tensor after it was written in
-    place reads the node that wrote it. Numbers, strings and None among the arguments are those of
-    the example; the graph asserts that.
+    PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened, and so are subclasses of
+    layers, see `recognise`. Every node whose value is a tensor gets its shape and dtype in
+    `node.meta`. Whoever reads a tensor after it was written in place reads the node that wrote it.
+    Numbers, strings and None among the arguments are those of the example; the graph asserts that.
 
     Args:
         model: In evaluation mode. The result shares its layers.
@@ -61,7 +62,10 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:  # as of `_` in `x, _ = ...`
             graph.erase_node(node)
+    layers = recognise(model, graph)
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    for name, layer in layers.items():
+        traced.set_submodule(name, layer)
     try:
         _Values(traced, given).run()
         tracer.check_constants()
@@ -94,6 +98,11 @@ def given_tensors(graph: fx.Graph) -> list[fx.Node]:
         if is_part and "shape" not in node.args[0].meta:
             given.add(node)
     return [node for node in graph.nodes if node in given and "shape" in node.meta]
+
+
+def of_parameters(node: fx.Node) -> bool:
+    """Whether a value is computed from parameters and buffers alone."""
+    return node.op == "get_attr" or node.meta.get("of_parameters", False)
 
 
 def is_in_place(node: fx.Node) -> bool:
@@ -207,12 +216,14 @@ for _function in _OPERATORS:
     setattr(_Proxy, f"__{_function.__name__}__", _recording(_function))
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(SubclassTracer):
     """Records arithmetic in place as such, and PyTorch's own layers as a whole.
 
     Args:
         given: The arguments; None for those in the signature, as unpickling a traced model asks.
     """
+
+    proxy_buffer_attributes = True  # what is computed from them, as FrozenBatchNorm2d does, is seen
 
     def __init__(self, given: inspect.BoundArguments | None = None) -> None:
         super().__init__()
@@ -222,6 +233,16 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The proxy of a node."""
         return _Proxy(node, self)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Record the forward pass."""
+        try:
+            return super().trace(root, concrete_args)
+        except Exception:  # it is the model's own code
+            # Control flow may depend on a buffer, which is a plain tensor then.
+            self.proxy_buffer_attributes = False
+            self._made.clear()
+            return super().trace(root, concrete_args)
 
     def create_args_for_root(
         self,
@@ -364,6 +385,8 @@ class _Values(fx.Interpreter):
         n.meta["is_its_input"] = len(written) == 1 and result is leaves[written[0]]
         if n.target in _OPERATORS and not written:  # of numbers, which are not changed but replaced
             n.target = _OPERATORS[n.target]
+        sources = n.all_input_nodes
+        n.meta["of_parameters"] = bool(sources) and all(map(of_parameters, sources))
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
             n.meta["dtype"] = result.dtype

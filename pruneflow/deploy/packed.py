@@ -56,6 +56,8 @@ from pruneflow.files import write_whole
 FORMAT, VERSION = "pruneflow.packed", 1
 
 _MOST_INDEX_BYTES = 100_000_000  # as many as safetensors allows its own header
+_MOST_TIMES_LONGER = 1000  # than its frame; entries differ in their checksums
+_MOST_ZEROS, _MOST_TIMES_LARGER = 2**30, 2**15  # bytes that tensors take, however few they are here
 
 
 @dataclass(frozen=True)
@@ -299,8 +301,35 @@ def _index(file: Any, path: str | Path) -> dict[str, Entry]:
         index = file.get_tensor("index").tobytes()
         expect(zlib.crc32(index) == about["index_crc32"], "the checksum of its index differs")
         expect(about["index_bytes"] <= _MOST_INDEX_BYTES, "its index is too long")
-        entries = [Entry(**entry) for entry in json.loads(decompress(index, about["index_bytes"]))]
-        for entry in entries:
-            for dtype in (entry.dtype, entry.values):
-                expect(dtype in DTYPES, f"{dtype!r} is no dtype of this PyTorch")
-    return {entry.name: entry for entry in entries}
+        expect(about["index_bytes"] <= len(index) * _MOST_TIMES_LONGER, "its index is too long")
+        listed = json.loads(decompress(index, about["index_bytes"]))
+        objects = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
+        expect(objects, "its index is no list of tensors")
+        (size,) = file.get_slice("data").get_shape()
+        return _checked([Entry(**entry) for entry in listed], size)
+
+
+def _checked(listed: list[Entry], size: int) -> dict[str, Entry]:
+    """The entries by name, if they take `size` bytes one after the other, and each byte once.
+
+    So what is read takes no more memory than those bytes can hold. Tensors that are all zeros are
+    no bytes, and there is a bound of its own on what they promise.
+    """
+    entries: dict[str, Entry] = {}
+    end = promised = 0
+    for entry in listed:
+        entry.check()
+        expect(entry.name not in entries, f"it has two tensors of the name {entry.name!r}")
+        if entry.same_as is None:
+            expect(entry.start == end, f"{entry.name!r} does not begin where the one before ends")
+            end += entry.stored
+            promised += entry.bytes
+        else:
+            earlier = entries.get(entry.same_as) if isinstance(entry.same_as, str) else None
+            same = replace(entry, name=entry.same_as, same_as=None) == earlier
+            expect(same, f"{entry.name!r} is tied to {entry.same_as!r}, which is no such tensor")
+        entries[entry.name] = entry
+    expect(end <= size, "it ends before its tensors do")
+    most = _MOST_ZEROS + size * _MOST_TIMES_LARGER
+    expect(promised <= most, f"its tensors would take {promised} bytes")
+    return entries

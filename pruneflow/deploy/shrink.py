@@ -17,6 +17,7 @@ from pruneflow.channels.tracing import (
     Storage,
     given_tensors,
     is_in_place,
+    of_parameters,
     out_of_place,
     tensor_inputs,
     trace,
@@ -87,8 +88,18 @@ def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False
                 node.meta.clear()  # of shapes that were
             traced.graph.lint()
             small = fx.GraphModule(traced, traced.graph, type(model).__name__).eval()
+        else:
+            _hand_over(traced, small)
     check_same(expected, small, "shrinking")
     return small
+
+
+def _hand_over(traced: fx.GraphModule, small: nn.Module) -> None:
+    """Give the model the parameters and buffers of the graph; the layers are one and the same."""
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            setattr(small.get_submodule(owner), name, getattr(traced.get_submodule(owner), name))
 
 
 def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
@@ -99,11 +110,16 @@ def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
             continue
         for source in tensor_inputs(node):
             channels = flow.values.get(source)
-            if channels is None or not (channels.known | ~channels.needed).all():
+            if channels is None or of_parameters(source):
+                continue
+            if not (channels.known | ~channels.needed).all():
                 continue
             others = [other for other in tensor_inputs(node) if other is not source]
             # Another input has to give the result its shape.
-            if any(o.op != "get_attr" and o.meta["shape"] == node.meta["shape"] for o in others):
+            if any(
+                not of_parameters(other) and other.meta["shape"] == node.meta["shape"]
+                for other in others
+            ):
                 folded.add(node)
                 _insert_constant(traced, flow, node, source)
                 break

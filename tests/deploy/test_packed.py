@@ -329,8 +329,8 @@ class TestDamage:
         """Write other entries into the index, with checksums that fit."""
         contents = load_file(path)
         index = json.loads(zstandard.decompress(contents["index"].tobytes()))
-        changed = about.pop("entry", {})
-        index[0] |= changed
+        index[0] |= about.pop("entry", {})
+        index = about.pop("index", lambda given: given)(index)
         listed = json.dumps(index).encode()
         frame = zstandard.compress(listed)
         known = {"version": 1, "index_bytes": len(listed), "index_crc32": zlib.crc32(frame)}
@@ -375,6 +375,62 @@ class TestDamage:
         load_packed(path)
         self.forge(path, entry=entry)
         with pytest.raises(ValueError, match="damaged"):
+            load_packed(path)
+
+    @pytest.mark.parametrize(
+        ("index", "words"),
+        [
+            (lambda index: [*index, index[0] | {"name": "b"}], "does not begin where the one"),
+            (lambda index: [*index, index[0]], "two tensors of the name 'weight'"),
+            (lambda index: [index[1], index[0]], "does not begin where the one"),
+            (lambda index: [index[0], index[1] | {"start": 3}], "does not begin where the one"),
+            (lambda index: [index[0], index[1] | {"same_as": "weight"}], "tied to 'weight'"),
+            (lambda index: [index[0], index[1] | {"same_as": "bias"}], "tied to 'bias'"),
+            (lambda index: [index[0], index[1] | {"same_as": "nothing"}], "tied to 'nothing'"),
+            (lambda index: [index[0], index[1] | {"same_as": ["weight"]}], "tied to"),
+            (lambda index: [index[2] | {"same_as": "weight"}, index[0]], "tied to 'weight'"),
+            (
+                lambda index: [*index, index[2] | {"name": "c", "same_as": "tied"}],
+                "tied to 'tied'",
+            ),
+            (lambda index: [*index[:2], index[2] | {"dtype": "int32"}], "values of another dtype"),
+            (lambda index: [*index[:2], index[2] | {"shape": [50, 40]}], "tied to 'weight'"),
+            (lambda index: [index[0] | {"name": 5}], "the name 5 is no text"),
+            (lambda index: [index[0] | {"name": None}], "the name None is no text"),
+            (lambda index: [index[0] | {"shape": [True, 2]}], "the shape of 'weight' is none"),
+            (lambda index: [index[0] | {"shape": [1] * 65}], "the shape of 'weight' is none"),
+            (lambda index: [index[0] | {"kept": 2.0}], "'weight' has counts that are none"),
+            (lambda index: [index[0] | {"streams": [[1]]}], "the streams of 'weight' are none"),
+            (lambda index: {"weight": index[0]}, "its index is no list of tensors"),
+            (lambda index: ["weight"], "its index is no list of tensors"),
+            (lambda index: None, "its index is no list of tensors"),
+        ],
+    )
+    def test_entries_that_contradict_each_other_are_refused(self, path, index, words):
+        torch.manual_seed(0)
+        weight = sparse(40, 50, density=0.05)
+        save_packed({"weight": weight, "bias": torch.rand(5), "tied": weight}, path)
+        self.forge(path)
+        load_packed(path)
+        self.forge(path, index=index)
+        for read in (load_packed, inspect_packed):
+            with pytest.raises(ValueError, match="damaged") as refused:
+                read(path)
+            assert words in str(refused.value)
+
+    def test_zeros_that_no_byte_stands_for_are_bounded(self, path):
+        save_packed({"weight": torch.zeros(10)}, path)
+        self.forge(path, entry={"shape": [2**28]})
+        assert load_packed(path)["weight"].shape == (2**28,)  # which takes no memory unless used
+        self.forge(path, entry={"shape": [2**30]})
+        with pytest.raises(ValueError, match="would take 4294967296 bytes"):
+            load_packed(path)
+
+        def many(index):
+            return [index[0] | {"name": str(name), "shape": [2**28]} for name in range(100)]
+
+        self.forge(path, entry={"shape": [10]}, index=many)
+        with pytest.raises(ValueError, match="would take 107374182400 bytes"):
             load_packed(path)
 
     def test_one_value_is_not_spread_over_many_positions(self, path):

@@ -1,4 +1,5 @@
 import copy
+import ctypes
 import dataclasses
 import math
 import multiprocessing
@@ -6,6 +7,7 @@ import operator
 import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -563,18 +565,194 @@ def test_without_a_compiler_the_model_stays_dense(monkeypatch, tmp_path):
     assert torch.equal(dense(batch), model(batch))
 
 
+FAST = ("-O0",)  # to build
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return toolchain.build(toolchain._compiler(), FAST, tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path, kernels):
+    """An empty cache, nothing loaded before, and a compiler that takes no time."""
+    monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setattr(toolchain, "load", toolchain.load.__wrapped__)
+    monkeypatch.setattr(toolchain, "build", lambda _, __, to: Path(shutil.copy(kernels, to)))
+    return tmp_path / "kernels"
+
+
+def from_where(monkeypatch):
+    """Note the folders that libraries are loaded from."""
+    folders = []
+
+    def opened(path, *, open_=ctypes.CDLL):
+        folders.append(Path(path).parent)
+        return open_(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", opened)
+    return folders
+
+
+def test_a_library_is_built_once_and_only_its_user_may_touch_it(cache, monkeypatch):
+    toolchain.load(FAST)
+    (library,) = cache.iterdir()
+    assert cache.stat().st_mode & 0o777 == 0o700 and library.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(toolchain, "build", None)
+    toolchain.load(FAST)
+
+
 def test_a_build_that_fails_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setattr(toolchain.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(toolchain.NoCompilerError, match="no-such-flag"):
-        toolchain.build(("-O0", "--no-such-flag"))
-    assert list((tmp_path / "kernels").iterdir()) == []
+        toolchain.load(("-O0", "--no-such-flag"))
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "file"))
-    with pytest.raises(toolchain.NoCompilerError, match="set PRUNEFLOW_CACHE"):
-        toolchain.build()
+def truncated(library):
+    library.write_bytes(library.read_bytes()[:5000])
+
+
+def emptied(library):
+    library.write_bytes(b"")
+
+
+def foreign(library):
+    library.write_bytes(b"\x7fELF and something else")
+
+
+def changed(library):
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def of_others(library):
+    library.chmod(0o666)
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, foreign, changed, of_others])
+def test_a_damaged_library_is_built_again(cache, damage, kernels):
+    # It must not be damaged where this process has it in memory.
+    library = toolchain._keep(kernels, cache, toolchain._key(toolchain._compiler(), FAST))
+    inode = library.stat().st_ino
+    damage(library)
+    assert toolchain.load(FAST).pruneflow_lanes()
+    (library,) = cache.iterdir()
+    assert library.stat().st_ino != inode and library.stat().st_mode & 0o777 == 0o600
+    assert library.stem.endswith(toolchain._digest(library.read_bytes()))
+
+
+def test_what_a_killed_build_left_goes(cache):
+    cache.mkdir(mode=0o700)
+    left = cache / ".kernels-1.partial.so"
+    left.touch()
+    os.utime(left, (0, 0))
+    toolchain.load(FAST)
+    assert not left.exists()
+
+
+def a_file(cache):
+    cache.touch()
+
+
+def open_to_all(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+
+
+def a_file_above(cache):
+    cache.parent.rmdir()
+    cache.parent.touch()
+
+
+@pytest.mark.parametrize("prepare", [a_file, open_to_all, a_file_above])
+def test_where_nothing_can_be_kept_each_process_builds_its_own(cache, monkeypatch, prepare):
+    prepare(cache)
+    folders = from_where(monkeypatch)
+    with pytest.warns(UserWarning, match="built anew.*set PRUNEFLOW_CACHE"):
+        assert toolchain.load(FAST).pruneflow_lanes()
+    assert folders and cache not in folders and not folders[-1].exists()
+
+
+def test_a_library_of_another_user_is_not_loaded(cache, monkeypatch):
+    toolchain.load(FAST)
+    folders = from_where(monkeypatch)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        toolchain.load(FAST)
+    assert cache not in folders
+
+
+def test_a_cache_that_nothing_can_be_run_from(cache, monkeypatch):
+    def refused(path, *, open_=ctypes.CDLL):
+        if Path(path).parent == cache:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return open_(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refused)
+    with pytest.warns(UserWarning, match="failed to map segment"):
+        assert toolchain.load(FAST).pruneflow_lanes()
+
+
+def test_without_any_folder_the_model_stays_dense(cache, monkeypatch):
+    cache.touch()
+    monkeypatch.setattr(toolchain.tempfile, "tempdir", str(cache))
+    model = nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match=r"stays dense.*set TMPDIR") as warned:
+        dense = sparse_compile(model, torch.zeros(1, 3))
+    assert len(warned) == 1 and isinstance(dense, nn.Linear)
+
+
+def test_without_a_home(cache, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PRUNEFLOW_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(UserWarning, match="home directory"):
+        assert toolchain.load(FAST).pruneflow_lanes()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_may_build_at_once(cache):
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=toolchain.load, args=(FAST,)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 4
+    (library,) = cache.iterdir()
+    assert library.stem.endswith(toolchain._digest(library.read_bytes()))
+
+
+def test_more_threads_than_the_system_gives_are_refused():
+    code = """
+import resource, torch
+from torch import nn
+from pruneflow.deploy.runtime import toolchain
+from pruneflow.deploy.runtime.model import sparse_compile
+toolchain.load()
+model, batch = nn.Conv2d(3, 8, 3), torch.zeros(2, 3, 9, 9)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+try:
+    sparse_compile(model, batch, threads=800)
+except RuntimeError as error:
+    print(error)
+sparse_compile(model, batch, threads=2)
+print("goes on")
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the limit is set beside what a process uses")
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "`threads` must be as few as" in run.stdout and "got 800" in run.stdout, run.stderr
+    assert run.stdout.endswith("goes on\n")
 
 
 @pytest.mark.skipif("avx512f" not in toolchain._processor(), reason="no AVX-512 to leave out")

@@ -66,7 +66,8 @@ def _drop_assertions(graph: fx.Graph) -> None:
     """Leave out what the model asserts, such as the size of its images: each call checks that."""
     read_by_them: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        alone = node in read_by_them and node.op == "call_function" and not node.users
+        reads = node in read_by_them or node.target is getattr  # as the text of an assertion does
+        alone = reads and node.op == "call_function" and not node.users
         if alone or node.target is torch._assert:
             read_by_them.update(node.all_input_nodes)
             graph.erase_node(node)
@@ -154,6 +155,8 @@ class _Capture:
     def module(self, node: fx.Node, module: Any) -> None:
         value = self.operand(node)
         kind = type(module)
+        if "forward" in vars(module):
+            self.refuse(node, f"a {kind.__name__} with a `forward` of its own")
         # Exact types: a subclass may compute something else.
         if kind in (nn.Identity, *DROPOUTS) or kind.__name__ == "StochasticDepth":
             if module.training and kind is not nn.Identity:
@@ -161,7 +164,7 @@ class _Capture:
             self.values[node] = value
         elif kind is nn.Conv2d:
             self.convolution(node, module, value)
-        elif kind in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        elif kind is nn.Linear:
             if len(self.shape(node)) != 1:
                 self.refuse(node, "a Linear over other than (batch, features)")
             reads = Window((1, 1), kernel=(1, 1), output=(1, 1))

@@ -60,7 +60,8 @@ def sparse_compile(
     Raises:
         ValueError: If the model cannot be traced or has an operation that the runtime does not
             know, which is named; or `threads` or the types of the tensors do not fit.
-        RuntimeError: If the result differs from the model's; both are compared once compiled.
+        RuntimeError: If the result differs from the model's; both are compared once compiled. Or if
+            the system does not let this process start so many threads.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
@@ -104,6 +105,8 @@ def sparse_compile(
             stacklevel=2,
         )
         return dense
+    if kernels.pruneflow_threads(threads):
+        raise _too_many(threads)
     machine = toolchain.machine(kernels, threads)
     choices = {
         lanes: choose(network, machine, kernels, samples=samples, lanes=lanes)
@@ -293,8 +296,19 @@ class SparseModel(nn.Module):
             batch = batch.contiguous()
         out = torch.empty(prepared.shape, dtype=torch.float32, device="cpu")
         with self._lock:
-            self._native(prepared.address, batch.data_ptr(), out.data_ptr(), self._arena_at)
+            failed = self._native(
+                prepared.address, batch.data_ptr(), out.data_ptr(), self._arena_at
+            )
+        if failed:
+            raise _too_many(self.machine.threads)
         return out
+
+
+def _too_many(threads: int) -> RuntimeError:
+    return RuntimeError(
+        f"`threads` must be as few as the system lets this process start, got {threads}; try "
+        f"{os.cpu_count()}, which is how many processors there are"
+    )
 
 
 class _Prepared(NamedTuple):
