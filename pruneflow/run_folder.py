@@ -11,6 +11,12 @@ from torch import nn
 
 from pruneflow.files import write_whole
 from pruneflow.history import Row
+from pruneflow.state_dicts import (
+    described,
+    load_safetensors,
+    safetensors_metadata,
+    with_description,
+)
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -27,16 +33,20 @@ def save_network(network: nn.Module, path: Path, rows: list[Row] | None = None) 
         path: The file.
         rows: History to keep with it, as metadata.
     """
-    tensors = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
-    }
+    state_dict = network.state_dict()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state_dict.items()}
+    metadata = safetensors_metadata(state_dict)
+    if rows is not None:
+        metadata["history"] = json.dumps(rows)
     with write_whole(path) as temporary:
-        save_file(tensors, temporary, None if rows is None else {"history": json.dumps(rows)})
+        save_file(tensors, temporary, metadata)
 
 
 def load_network(network: nn.Module, path: Path) -> list[Row]:
     """Read back what `save_network` wrote, and return the history that was kept with it."""
+    state_dict = load_safetensors(path)
+    modules = described(state_dict) or described(network.state_dict())
+    network.load_state_dict(with_description(state_dict, modules))
     with safe_open(path, framework="pt") as file:
-        network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         rows: list[Row] = json.loads(file.metadata()["history"])
     return rows

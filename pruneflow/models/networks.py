@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 import torchvision.models
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from pruneflow.state_dicts import described, load_safetensors, with_description
 
 _log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ _UNREADABLE = (pickle.UnpicklingError, AttributeError, EOFError, KeyError, Runti
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_safetensors(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
     except (*_UNREADABLE, SafetensorError) as error:
@@ -203,4 +204,6 @@ def _load(network: nn.Module, state: dict[str, Tensor], weights: str, num_classe
         )
     if head:
         _log.warning("`weights`=%s: %s differ in classes and start afresh", weights, sorted(head))
-    network.load_state_dict({**state, **{key: own[key] for key in head}})
+    # Where nothing says of which versions the modules were, they are taken for those of today.
+    modules = described(state) or described(own)
+    network.load_state_dict(with_description({**state, **{key: own[key] for key in head}}, modules))

@@ -9,6 +9,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
@@ -16,6 +17,7 @@ from torch import nn
 
 from pruneflow.deploy.__main__ import main
 from pruneflow.deploy.packed import inspect_packed, load_packed, save_packed
+from pruneflow.state_dicts import load_safetensors
 
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn),
@@ -212,6 +214,49 @@ def test_the_layout_is_as_its_description_says(path):
         assert torch.equal(found, expected.half().float() if width == 16 else expected)
 
 
+class Versioned(nn.Linear):
+    """As torchvision's MNASNet: it loads no weights of a version that is not its own."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def test_the_versions_of_modules_come_along(path):
+    model = nn.Sequential(nn.BatchNorm1d(3), Versioned(3, 2))
+    state = model.state_dict()
+    save_packed(state, path)
+    assert load_packed(path)._metadata == state._metadata
+    assert load_packed(path, names=["1.bias"])._metadata == state._metadata
+    nn.Sequential(nn.BatchNorm1d(3), Versioned(3, 2)).load_state_dict(load_packed(path))
+    about = json.loads(safe_open(path, "numpy").metadata()["pruneflow.packed"])
+    frame = load_file(path)["modules"].tobytes()
+    assert zlib.crc32(frame) == about["modules_crc32"]
+    assert json.loads(zstandard.decompress(frame)) == state._metadata
+
+
+def test_what_says_nothing_of_its_modules_is_packed_as_before(path):
+    save_packed({"weight": torch.ones(2)}, path)
+    assert set(load_file(path)) == {"index", "data"}
+    assert not hasattr(load_packed(path), "_metadata")
+
+
+def test_modules_that_are_none_are_refused(path):
+    save_packed(nn.Linear(2, 1).state_dict(), path)
+    contents = load_file(path)
+    about = json.loads(safe_open(path, "numpy").metadata()["pruneflow.packed"])
+    for text in ("[]", '{"": 1}', "{", "null"):
+        frame = zstandard.compress(text.encode())
+        known = about | {"modules_bytes": len(text), "modules_crc32": zlib.crc32(frame)}
+        modules = {"modules": np.frombuffer(frame, np.uint8)}
+        save_file(contents | modules, path, {"pruneflow.packed": json.dumps(known)})
+        with pytest.raises(ValueError, match="damaged"):
+            load_packed(path)
+
+
 def test_takes_no_more_than_the_entropy_of_positions_and_whole_values(path):
     torch.manual_seed(0)
     for density in (0.001, 0.02, 0.15, 0.4, 0.7):
@@ -315,7 +360,7 @@ class TestDamage:
                 path.write_bytes(damaged)
                 with pytest.raises(ValueError, match=r"model\.packed"):
                     load_packed(path)
-        assert whole.count(b'"U8"') == 2
+        assert whole.count(b'"U8"') == 3
         path.write_bytes(whole.replace(b'"U8"', b'"I8"', 1))
         with pytest.raises(ValueError, match="another kind of tensor"):
             load_packed(path)
@@ -560,6 +605,8 @@ class TestCommands:
         found = load_tensors("again.safetensors")
         assert found.keys() == state.keys()
         assert same({name: found[name] for name in state}, state)
+        if source != "m.safetensors":  # which said nothing of the versions of modules
+            assert load_safetensors("again.safetensors")._metadata == state._metadata
 
     def test_inspect(self, run):
         tied = torch.tensor([[0, 0, 0.1, 0]])

@@ -67,9 +67,7 @@ def load(flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     except OSError:  # there is none yet, or none that can be used
         pass
     try:
-        with tempfile.TemporaryDirectory(
-            prefix="pruneflow-", ignore_cleanup_errors=True
-        ) as folder:
+        with tempfile.TemporaryDirectory(prefix="pruneflow-", ignore_cleanup_errors=True) as folder:
             built = build(compiler, flags, Path(folder))
             try:
                 return _opened(_keep(built, cache_folder(), key))
@@ -139,7 +137,7 @@ def _keep(built: Path, folder: Path, key: str) -> Path:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
-        os.replace(name, path)
+        Path(name).replace(path)
     finally:
         Path(name).unlink(missing_ok=True)
     return path
