@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.arguments import check_arguments, plain_costs
-from pruneflow.companions import check_averages, check_disjoint, denser_choices
+from pruneflow.companions import LearningRates, check_averages, check_disjoint, denser_choices
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
@@ -251,6 +251,7 @@ class PruningCallback(L.Callback):
         assert self.plan is not None and self.pruner is not None  # made when fit began
         self._take_restored()  # some strategies load a checkpoint only now
         self._logged.epoch = None  # none of this fit yet
+        self._rates = LearningRates(trainer.optimizers)
         if self.rewind:
             if self._learning_rate is None:
                 self._learning_rate = LearningRateSnapshot([], [])
@@ -274,6 +275,7 @@ class PruningCallback(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune if a round is due at this epoch; log the sparsity of the epoch."""
+        self._rates.note(trainer.optimizers)
         if self.clock.unit == "epoch":
             self._run_due_rounds(trainer)
         self._logged.log(trainer, pl_module, _logged(trainer))
@@ -389,6 +391,8 @@ class PruningCallback(L.Callback):
         self._logged.measure(self.pruner, self.round)
         if self._learning_rate is not None:
             self._learning_rate.restore(trainer.optimizers, schedulers(trainer))
+        elif message := self._rates.decayed(self.plan, due, trainer.optimizers):
+            rank_zero_warn(message)
         return True
 
     def _mask_averages(self, trainer: L.Trainer) -> None:

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -202,6 +202,20 @@ def locate(model: nn.Module) -> dict[str, Slot]:
     return {first[0]: Slot(first[1], first[2], tuple(others)) for first, *others in places.values()}
 
 
+def check_not_lazy(model: nn.Module) -> None:
+    """Refuse layers that wait for the first forward pass to make their parameters.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    lazy = [n for n, m in model.named_modules() if any(map(is_lazy, m._parameters.values()))]
+    if lazy:
+        raise ValueError(
+            "`model` must have all its parameters, got lazy layers that make theirs in the first "
+            f"forward pass: {', '.join(lazy)}; run the model once before"
+        )
+
+
 def select(
     model: nn.Module,
     include: Sequence[Pattern] | None = None,
@@ -243,12 +257,7 @@ def select(
                 f"{patterns!r} came; put it in brackets, or take the type of a module"
             )
     slots = locate(model)
-    lazy = [n for n, slot in slots.items() if isinstance(slot.parameter, UninitializedParameter)]
-    if lazy:
-        raise ValueError(
-            f"`model` must have initialized parameters, got lazy ones: {', '.join(lazy)}; run a "
-            "batch through it first"
-        )
+    check_not_lazy(model)
     chosen = {name for name, slot in slots.items() if _prunable_by_default(slot)}
     unmatched = []
     if include is not None:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pruneflow.parameters import check_not_lazy
 from pruneflow.processes import reshard
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -89,12 +89,7 @@ def evaluating(model: nn.Module, example_input: Example) -> Iterator[None]:
     Raises:
         ValueError: If layers wait for the first forward pass to make their parameters.
     """
-    lazy = [n for n, m in model.named_modules() if any(map(is_lazy, m._parameters.values()))]
-    if lazy:
-        raise ValueError(
-            "`model` must have all its parameters, got lazy layers that make theirs in the first "
-            f"forward pass: {', '.join(lazy)}; run the model once before"
-        )
+    check_not_lazy(model)
     device = device_of(model, example_input)
     used = [device] if device.type == "cuda" else []
     reshard(model)

@@ -303,14 +303,14 @@ def test_a_metric_that_validation_does_not_log_is_refused(fit, monitor):
         (ModelCheckpoint(monitor="step", mode="min"), {}, "SparsityCheckpoint"),
         (ModelCheckpoint(monitor="sparsity", mode="max"), {}, None),
         (SparsityCheckpoint(monitor="a"), {}, None),
-        (EarlyStopping("a"), {}, r"epoch 5.*set Trainer\(min_epochs=...\) to more than 5"),
-        (EarlyStopping("a"), {"min_epochs": 5}, "min_epochs"),
-        (EarlyStopping("a"), {"min_epochs": 6}, None),
-        (EarlyStopping("a", patience=4), {}, "min_epochs"),
-        (EarlyStopping("a", patience=5), {}, None),
-        (EarlyStopping("a", patience=5), {"val_check_interval": 0.5}, "min_epochs"),
-        (EarlyStopping("a", patience=5, stopping_threshold=0.1), {}, "min_epochs"),
-        (EarlyStopping("a", patience=5, divergence_threshold=9.0), {}, "min_epochs"),
+        (EarlyStopping("a"), {}, r"at epoch 5, has been.*set Trainer\(min_epochs=8\)"),
+        (EarlyStopping("a"), {"min_epochs": 7}, "min_epochs"),
+        (EarlyStopping("a"), {"min_epochs": 8}, None),
+        (EarlyStopping("a", patience=6), {}, "min_epochs"),
+        (EarlyStopping("a", patience=7), {}, None),
+        (EarlyStopping("a", patience=7), {"val_check_interval": 0.5}, "min_epochs"),
+        (EarlyStopping("a", patience=7, stopping_threshold=0.1), {}, "min_epochs"),
+        (EarlyStopping("a", patience=7, divergence_threshold=9.0), {}, "min_epochs"),
     ],
 )
 def test_says_which_callbacks_may_choose_a_denser_model(trainer, callback, kwargs, remedy):
@@ -330,7 +330,26 @@ def test_nothing_is_denser_where_all_is_pruned_at_once_or_for_a_trial(trainer):
     assert denser_choices(trial, Plan.lay([0.5, 0.8])) == []
 
 
-@pytest.mark.parametrize(("minimum", "patience"), [({}, 5), ({"min_epochs": 6}, 1)])
+@pytest.mark.parametrize(
+    ("sparsities", "length", "end"),
+    [
+        ([0.5, 0.8], None, 8),
+        ([0.5, 0.8], 7, 7),
+        ([0.5, 0.8], 30, 8),
+        ([0.8], 30, 30),
+        ([0.8], None, 3),
+    ],
+)
+def test_the_advice_leads_to_the_end_of_the_last_rounds_fine_tuning(
+    trainer, sparsities, length, end
+):
+    plan = Plan.lay(sparsities, Clock(start=2, every=3), length)
+    (message,) = denser_choices(trainer(EarlyStopping("a", patience=0)), plan)
+    assert message.endswith(f"set Trainer(min_epochs={end})")
+    assert denser_choices(trainer(EarlyStopping("a", patience=0), min_epochs=end), plan) == []
+
+
+@pytest.mark.parametrize(("minimum", "patience"), [({}, 7), ({"min_epochs": 8}, 1)])
 def test_early_stopping_of_which_nothing_is_said_waits_for_the_last_round(
     trainer, batches, model, minimum, patience
 ):
@@ -340,12 +359,12 @@ def test_early_stopping_of_which_nothing_is_said_waits_for_the_last_round(
     once = trainer(pruning, stopping, max_epochs=20, **minimum)
     once.fit(model, batches)
     assert denser_choices(once, pruning.plan) == []
-    assert (once.current_epoch, pruning.round) == (6, 2)
+    assert (once.current_epoch, pruning.round) == (8, 2)
 
 
 def test_early_stopping_stops_by_steps_too(trainer):
     plan = Plan.lay([0.5, 0.8], Clock(start=2, every=3, unit="step"))
-    for steps, said in ((None, 1), (5, 1), (6, 0)):
+    for steps, said in ((None, 1), (7, 1), (8, 0)):
         assert (
             len(denser_choices(trainer(EarlyStopping("a", patience=99), min_steps=steps), plan))
             == said

@@ -78,3 +78,15 @@ def test_what_is_not_counted_is_named():
         assert sparsity(model) == 0.1
     assert sparsity(model, exclude=[nn.Embedding]) == 0.1
     assert sparsity(model, include=["*.weight"]) == 24 / 80
+
+
+def test_layers_under_two_names_and_tied_ones_count_once():
+    model = nn.Module()
+    model.one, model.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    model.layers = nn.Sequential(model.one, nn.ReLU(), model.two)
+    model.two.weight = model.one.weight
+    model.one.weight.data[0] = 0
+    model.forward = lambda x: model.layers(x)
+    report = sparsity_report(model, torch.zeros(1, 4))
+    assert (report.parameters, report.weights, report.zeros) == (16, 16, 4)
+    assert (report.multiply_adds, report.remaining_multiply_adds) == (32, 24)

@@ -128,6 +128,9 @@ class ImageData(LightningDataModule):
         """
         if self._ready:
             return
+        _log.info(
+            "Reading pictures: %s%s", type(self).__name__, f", {self.root}" if self.root else ""
+        )
         train, test, classes = self.load()
         self.classes = tuple(classes)
         self.image_shape = _shape(train.images)
@@ -150,6 +153,12 @@ class ImageData(LightningDataModule):
         self._train = AugmentedImages(*train, padding=self.crop_padding, mean=mean, std=std)
         self._test = AugmentedImages(*test, padding=0, mean=mean, std=std)
         self._test_indices = torch.arange(len(test.labels))
+        _log.info(
+            "Pictures: %d to train on, %d to validate on, %d to test on",
+            len(self.train_indices),
+            len(self.val_indices),
+            len(self._test_indices),
+        )
         self._ready = True
 
     def fingerprint(self) -> str:

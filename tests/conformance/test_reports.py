@@ -288,13 +288,17 @@ def test_sparse_gradients_and_complex_weights():
     assert Pruner(waves, include=["weight"], optimizers=[]).prune_to(0.5).pruned == 8
 
 
-def test_removing_channels_without_optimizers_says_what_that_means():
+def test_optimizers_go_on_after_channels_are_removed():
     net, x = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2)), torch.zeros(1, 20)
-    pruner = Pruner(net, granularity=Channels(x), optimizers=[])
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    pruner = Pruner(net, granularity=Channels(x), optimizers=[optimizer])
     pruner.prune_to(0.5)
     pruner.remove()
-    with pytest.warns(UserWarning, match="`optimizers` was not given"):
-        remove_channels(net, x)
+    assert remove_channels(net, x)
+    before = net[0].weight.detach().clone()
+    net(torch.randn(8, 20)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].weight, before)
 
 
 def test_a_network_that_has_become_constant_is_named():
@@ -364,7 +368,7 @@ def test_packed_files_keep_the_versions_of_modules(tmp_path):
     assert torch.equal(twin.layers[0].weight, net.layers[0].weight)
 
 
-def test_what_cannot_be_traced_is_refused_by_name():
+def test_transformers_of_videos_are_pruned_or_refused_by_name():
     net = torchvision.models.video.SwinTransformer3d(
         [2, 4, 4],
         embed_dim=24,
@@ -374,13 +378,12 @@ def test_what_cannot_be_traced_is_refused_by_name():
         num_classes=5,
     ).eval()
     x = torch.randn(2, 3, 4, 32, 32)
-    for use in (
-        lambda: Pruner(net, granularity=Channels(x), optimizers=[]),
-        lambda: shrink(net, x),
-        lambda: sparse_compile(net, x),
-    ):
-        with pytest.raises(ValueError, match=r"`model`|`example_input`"):
-            use()
+    pruner = Pruner(net, granularity=Channels(x), optimizers=[])
+    pruner.prune_to(0.1)
+    pruner.remove()
+    torch.testing.assert_close(shrink(net, x)(x), net(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"`model` .* the sparse runtime .* use `shrink`"):
+        sparse_compile(net, x)
 
 
 @pytest.mark.parametrize(
