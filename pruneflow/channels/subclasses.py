@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,13 +95,13 @@ def recognise(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
         >>> [node.target for node in graph.nodes][1:3]
         ['0', <built-in function pow>]
     """
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _FUNCTIONS:
             given = _arguments(node)
             path = _owner(given)
             kind = _computed(model.get_submodule(path), path, given, *_FUNCTIONS[node.target])
-            if path and kind is not None:
+            if path and kind is not None and not _is_shared(path, graph, layers):
                 layers[path] = _as_one_of(kind, model.get_submodule(path))
                 node.op, node.target = "call_module", path
                 node.args, node.kwargs = (given["input"],), {}
@@ -109,6 +109,13 @@ def recognise(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     return layers
+
+
+def _is_shared(path: str, graph: fx.Graph, layers: Collection[str]) -> bool:
+    """Whether putting another module at `path` would put it into a module of the model."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    within = any(path.startswith(f"{whole}.") for whole in called)
+    return within or any(layer.startswith(f"{path}.") for layer in layers)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

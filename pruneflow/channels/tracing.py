@@ -236,13 +236,19 @@ class _Tracer(SubclassTracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Record the forward pass."""
+        buffers = [(module._buffers, module._buffers.copy()) for module in root.modules()]
         try:
-            return super().trace(root, concrete_args)
+            graph = super().trace(root, concrete_args)
+            if not any(isinstance(b, fx.Proxy) for held, _ in buffers for b in held.values()):
+                return graph
         except Exception:  # it is the model's own code
-            # Control flow may depend on a buffer, which is a plain tensor then.
-            self.proxy_buffer_attributes = False
-            self._made.clear()
-            return super().trace(root, concrete_args)
+            pass
+        # It looks at a buffer, or assigns to one, as `self.count += 1` does: they are tensors then.
+        for held, before in buffers:
+            held.update(before)
+        self.proxy_buffer_attributes = False
+        self._made.clear()
+        return super().trace(root, concrete_args)
 
     def create_args_for_root(
         self,

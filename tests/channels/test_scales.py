@@ -1,5 +1,7 @@
 """Parameters and buffers that belong to channels: scales, biases, learned positions."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from pruneflow import Channels, Pruner
 from pruneflow.channels.coupling import find_coupling, remove_channels
+from pruneflow.deploy.runtime.model import SparseModel, sparse_compile
 from pruneflow.deploy.shrink import shrink
 
 SHAPES = {
@@ -41,6 +44,8 @@ FEATURES = {  # (batch, channels)
     "product": lambda m, x: x * (m.gamma * m.beta.exp()),
     "twice": lambda m, x: (x * m.gamma).relu() * m.gamma,
     "in place": lambda m, x: x.mul_(m.gamma).add_(m.beta),
+    "operators in place": lambda m, x: operator.iadd(operator.imul(x, m.gamma), m.beta * x),
+    "view in place": lambda m, x: operator.isub(x, m.gamma.view(1, -1) * F.gelu(x)),
     "buffer": lambda m, x: x * m.held_gamma,
     "buffer twice": lambda m, x: x * m.held_gamma + m.held_gamma,
     "numbers": lambda m, x: x * m.number + m.one,
@@ -139,6 +144,49 @@ def test_frozen_batch_norm_is_a_scale_and_a_bias():
     assert remove_channels(model, images) == 2
     assert model[1].running_var.shape == (4,)
     assert torch.allclose(model(images), expected, atol=1e-5)
+
+
+class Counted(Scaled):
+    """Counts its calls, in evaluation mode too."""
+
+    def forward(self, x):
+        self.held_number += 1
+        self.held_one.add_(1)
+        return super().forward(x)
+
+
+def test_a_buffer_that_is_written_is_no_hindrance():
+    model, example = Counted(FEATURES["gamma"], nn.Linear).eval(), torch.randn(3, 4)
+    expected, calls = model(example), model.held_one.clone()
+    small = shrink(model, example)
+    assert small.a.out_features == 4
+    assert torch.allclose(small(example), expected, atol=1e-6)
+    assert small.held_one == calls + 1
+    assert remove_channels(model, example, []) == 2
+    model.code = lambda m, x: x.relu()
+    fast = sparse_compile(model, example, threads=1)
+    assert isinstance(fast, SparseModel)
+    assert torch.allclose(fast(example), model(example), atol=1e-5)
+
+
+class Several(Scaled):
+    def forward(self, x, *, y, flip=False):
+        h = self.a(x) * self.gamma
+        h += self.beta * self.a2(y)
+        return {"out": self.b(-h if flip else h)}
+
+
+def test_scales_of_several_inputs():
+    model = Several(None, nn.Linear)
+    model.a2 = nn.Linear(5, 6)
+    model.a2.weight.data[1:3], model.a2.bias.data[1:3] = 0, 0
+    example = {"x": torch.randn(3, 4), "y": torch.randn(3, 5), "flip": True}
+    expected = model(**example)["out"]
+    small = shrink(model, example)
+    assert remove_channels(model, example, []) == 2
+    for less in (small, model):
+        assert less.gamma.shape == less.beta.shape == (4,)
+        assert torch.allclose(less(**example)["out"], expected, atol=1e-6)
 
 
 def test_a_buffer_that_control_flow_depends_on_is_no_hindrance():

@@ -207,6 +207,55 @@ def test_what_computes_something_else_stays_whole(make):
         sparse_compile(model, IMAGES)
 
 
+class NormInside(nn.Conv2d):
+    """As detectron2's Conv2d: what comes after it is its child."""
+
+    def __init__(self, *sizes, padding):
+        super().__init__(*sizes, padding=padding)
+        self.norm = NormAct(self.out_channels)
+        self.norm.act = nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+def test_one_within_another_keeps_its_own_code():
+    model = pruned(network(NormInside))
+    expected = model(IMAGES)
+    small = shrink(model, IMAGES)
+    assert torch.allclose(small(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(shrink(small, IMAGES)(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(IMAGES), expected)
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = ConvAct(3, 6, 3), NormAct(6), Cast(6, 2)
+        self.body = nn.Sequential(self.a, self.norm)
+        self.scale = nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+
+    def forward(self, x):
+        x = self.body(x)
+        x *= self.scale
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_two_names_and_a_scale_in_place(layout):
+    model = TwoNames().to(memory_format=layout).eval()
+    for entries in (model.a.weight, model.a.bias, model.norm.weight, model.norm.bias):
+        entries.data[1:3] = 0
+    model.head.weight.data[:, 1:3] = 0
+    expected = model(IMAGES)
+    small = shrink(model, IMAGES)
+    assert remove_channels(model, IMAGES, []) == 2
+    for less in (small, model):
+        assert torch.allclose(less(IMAGES), expected, rtol=1e-4, atol=1e-5)
+        assert less.body[0] is less.a and less.scale.shape == (4, 1, 1)
+        assert less.a.weight.is_contiguous(memory_format=layout)
+
+
 def test_a_parametrized_weight_is_not_the_layers_own():
     model = parametrized().eval()
     expected = model(IMAGES)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from pruneflow.channels.tracing import trace
+from pruneflow.channels.tracing import of_parameters, trace
 from pruneflow.deploy.runtime.known import CLAMPS, DROPOUTS, FUNCTIONS, POOLS, PRODUCTS, SUMS
 from pruneflow.deploy.runtime.layers import (
     INFINITY,
@@ -103,10 +103,10 @@ class _Capture:
             self.output_shape = self.shape(result)
         elif node.op == "call_module":
             self.module(node, self.traced.get_submodule(str(node.target)))
-        elif node.op in ("call_function", "call_method"):
-            self.function(node)
-        else:
+        elif node.op == "get_attr":
             self.constants[node] = operator.attrgetter(str(node.target))(self.traced)
+        elif not of_parameters(node):  # those are refused where something computes with them
+            self.function(node)
 
     def refuse(self, node: fx.Node, what: str) -> NoReturn:
         raise ValueError(
