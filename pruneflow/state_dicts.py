@@ -18,8 +18,8 @@ from torch import Tensor
 _KEY = "pruneflow.modules"  # in the metadata of a safetensors file
 
 
-def described(state_dict: Mapping[str, Tensor]) -> str | None:
-    """What a `state_dict` says of its modules, as JSON; None if it says nothing.
+def described(state_dict: Mapping[str, Tensor], prefix: str = "") -> str | None:
+    """What a `state_dict` says of its modules below a prefix, as JSON; None if it says nothing.
 
     Example:
         >>> from torch import nn
@@ -28,8 +28,11 @@ def described(state_dict: Mapping[str, Tensor]) -> str | None:
     """
     modules: Mapping[str, Mapping[str, Any]] = getattr(state_dict, "_metadata", None) or {}
     plain = {
-        module: {key: value for key, value in about.items() if isinstance(value, int | str)}
+        f"{module}."[len(prefix) : -1]: {
+            key: value for key, value in about.items() if isinstance(value, int | str)
+        }
         for module, about in modules.items()
+        if f"{module}.".startswith(prefix)
     }
     return json.dumps(plain, separators=(",", ":")) if plain else None
 

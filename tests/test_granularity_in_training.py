@@ -153,6 +153,14 @@ def test_says_what_a_module_needs_for_channels_and_costs(model, batches, trainer
             trainer(PruningCallback(Linear(0.5, 2), **way)).fit(model, batches)
 
 
+@pytest.mark.parametrize("example", [(torch.zeros(2, 20),), {"points": torch.zeros(2, 20)}])
+def test_a_module_may_have_its_example_as_arguments(model, batches, trainer, example):
+    model.example_input_array = example
+    pruning = PruningCallback(Linear(0.5, 2), granularity=Channels(), costs=multiply_adds)
+    trainer(pruning).fit(model, batches)
+    assert pruning.sparsity > 0
+
+
 def test_what_a_granularity_cannot_do_is_refused_before_training(model, batches, trainer):
     with pytest.raises(ValueError, match=r"at most 0\.5 with NM\(n=2, m=4\), but 0\.9 came"):
         trainer(PruningCallback(Linear(0.9, 2), granularity=NM(2, 4), start_epoch=4)).fit(

@@ -67,7 +67,7 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
     for name, layer in layers.items():
         traced.set_submodule(name, layer)
     try:
-        _Values(traced, given).run()
+        _Values(traced, given).note()
         tracer.check_constants()
     except Exception as error:  # so does running what was recorded
         raise _untraceable(model, "running what was traced of", error) from error
@@ -168,7 +168,8 @@ class Storage:
         return {
             member
             for node in self._in_place
-            if self._read_later(node, node) or any(n.op == "get_attr" for n in self._sharing[node])
+            if self._read_later(node, node)
+            or any(member.meta.get("is_rewritten") for member in self._sharing[node])
             for member in self._sharing[node]
         }
 
@@ -361,6 +362,13 @@ class _Values(fx.Interpreter):
     def __init__(self, traced: fx.GraphModule, given: inspect.BoundArguments) -> None:
         super().__init__(traced)
         self._given = given.arguments
+        self._attributes: list[tuple[fx.Node, Any, int]] = []
+
+    def note(self) -> None:
+        """Run the graph, and see at the end which tensors of the model were written."""
+        self.run()
+        for node, value, version in self._attributes:
+            node.meta["is_rewritten"] = _version(value) != version
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The argument of that name."""
@@ -393,6 +401,8 @@ class _Values(fx.Interpreter):
             n.target = _OPERATORS[n.target]
         sources = n.all_input_nodes
         n.meta["of_parameters"] = bool(sources) and all(map(of_parameters, sources))
+        if n.op == "get_attr":
+            self._attributes.append((n, result, _version(result)))
         if isinstance(result, Tensor):
             n.meta["shape"] = tuple(result.shape)
             n.meta["dtype"] = result.dtype

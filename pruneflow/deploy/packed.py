@@ -4,7 +4,7 @@ Entries whose bits are all zero are pruned; everything else, -0.0 and NaN includ
 for bit. A packed file is a safetensors file, so whatever reads those opens it. It holds
 
 - metadata with one key, `pruneflow.packed`: JSON with `version` (1), `index_bytes` before
-  compression and `index_crc32`;
+  compression, `index_crc32` and, if there is any, `metadata` of the caller;
 - `index`, uint8: one zstd frame of JSON, a list with one object for each tensor, in their order;
 - `data`, uint8: the streams of all tensors, one after the other;
 - `modules`, uint8, if the `state_dict` has `_metadata`, of which version its modules are: one zstd
@@ -97,6 +97,7 @@ def save_packed(
     path: str | Path,
     *,
     values: Literal["same", "float16"] = "same",
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write a `state_dict` with its pruned weights left out, whole or not at all.
 
@@ -110,6 +111,7 @@ def save_packed(
             float64 tensors of two or more dimensions, which come back in their own dtype. All
             other tensors, and those with a survivor that would become infinite, NaN or zero, keep
             every bit; `inspect_packed` tells which.
+        metadata: Texts to keep in the file, in its own metadata, below `metadata`.
 
     Returns:
         The bytes written.
@@ -148,7 +150,9 @@ def save_packed(
     parts = {"index": json.dumps([vars(entry) for entry in entries], separators=(",", ":"))}
     if (modules := described(state_dict)) is not None:
         parts["modules"] = modules
-    about = {"version": VERSION}
+    about: dict[str, Any] = {"version": VERSION}
+    if metadata:
+        about["metadata"] = dict(metadata)
     contents = {"data": np.frombuffer(b"".join(blobs), np.uint8)}
     for name, text in parts.items():
         frame = zstandard.ZstdCompressor(level=9).compress(text.encode())

@@ -879,10 +879,10 @@ class RandomNetwork(nn.Module):
             index = draw(st.integers(0, len(channels) - 1))
             size = channels[index]
             kind = draw(st.sampled_from(["conv", "conv", "depthwise", "norm", "pointwise", "pool",
-                                         "add", "cat", "gate"]))  # fmt: skip
+                                         "add", "iadd", "part", "cat", "gate"]))  # fmt: skip
             other = draw(st.integers(0, len(channels) - 1))
             layer = self.layer(draw, kind, size)
-            if kind == "add" and channels[other] != size:
+            if kind in ("add", "iadd") and channels[other] != size:
                 layer = nn.Conv2d(channels[other], size, 1)
             self.layers.append(layer)
             self.steps.append((kind, index, other))
@@ -920,6 +920,11 @@ class RandomNetwork(nn.Module):
             value = values[index]
             if kind == "add":
                 value = value + layer(values[other])
+            elif kind == "iadd":  # all that are the same tensor, or views of it
+                value += layer(values[other])
+            elif kind == "part":
+                value = value.transpose(2, 3).transpose(2, 3)
+                value[:, ::2] *= 0.5
             elif kind == "cat":
                 value = torch.cat([value, values[other]], 1)
             elif kind == "gate":
