@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pruneflow.channels.flow import Flow
 from pruneflow.channels.operations import makes_a_new_tensor, rule_of
 from pruneflow.channels.rules import Rule
+from pruneflow.channels.subclasses import LAYERS
 from pruneflow.channels.tracing import Storage
 from pruneflow.parameters import locate
 
@@ -57,6 +57,9 @@ def evaluating(model: nn.Module, example_input: Tensor) -> Iterator[None]:
             present.update(before)
 
 
+_OF_LAYERS = ("weight", "bias", "running_mean", "running_var")
+
+
 def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
     """Names of the layers and tensors that have one place in the model and are used once."""
     nodes = Counter(
@@ -70,8 +73,10 @@ def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
     def alone(name: str) -> bool:
         if name in modules:
             layer = traced.get_submodule(name)
-            held = chain(layer.parameters(), layer.buffers())
-            return all(places[id(tensor)] == 1 for tensor in held)
+            held = dict(_tensors(layer))
+            if type(layer) in LAYERS:  # it may be of a subclass that has more of them
+                held = {own: tensor for own, tensor in held.items() if own in _OF_LAYERS}
+            return all(places[id(tensor)] == 1 for tensor in held.values())
         return places[id(tensors[name])] == 2
 
     return {name for name, count in nodes.items() if count == 1 and alone(name)}

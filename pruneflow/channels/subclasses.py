@@ -29,7 +29,7 @@ _DEFAULTS = {
     **{"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1},
     **{"training": False, "eps": 1e-5},
 }
-_LAYERS = tuple(kind for kinds, _, _ in _FUNCTIONS.values() for kind in kinds)
+LAYERS = tuple(kind for kinds, _, _ in _FUNCTIONS.values() for kind in kinds)
 
 
 class SubclassTracer(fx.Tracer):
@@ -52,7 +52,7 @@ class SubclassTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is PyTorch's own, and does what its class does."""
-        subclass = isinstance(m, _LAYERS) and type(m) not in _LAYERS
+        subclass = isinstance(m, LAYERS) and type(m) not in LAYERS
         own = subclass or "forward" in vars(m)
         return not own and super().is_leaf_module(m, module_qualified_name)
 
@@ -68,7 +68,7 @@ class SubclassTracer(fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:  # it is the layer's own code
-            if not isinstance(m, _LAYERS):
+            if not isinstance(m, LAYERS):
                 raise
             for node in reversed(list(self.graph.nodes)[before:]):
                 if node.op != "get_attr":  # others are given the same

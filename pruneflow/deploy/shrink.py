@@ -153,6 +153,8 @@ def _insert_constant(traced: fx.GraphModule, flow: Flow, node: fx.Node, source: 
 
 
 def _remove_unused(traced: fx.GraphModule, node: fx.Node) -> None:
+    if node not in traced.graph.nodes:  # by then removed, as all that read it were
+        return
     sources = node.all_input_nodes
     writes = is_in_place(traced, node) and any(len(source.users) > 1 for source in sources)
     if node.users or node.op == "placeholder" or writes:

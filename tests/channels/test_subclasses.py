@@ -40,6 +40,17 @@ class ConvAct(nn.Conv2d):
         return super().forward(x).relu()
 
 
+class ConvScaled(nn.Conv2d):
+    """With a scale of its own."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.scale = nn.Parameter(torch.ones(self.out_channels, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
 class ConvByHand(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(
@@ -147,6 +158,16 @@ def test_they_lose_channels_and_compile(layers):
         assert less[6].in_features == 16 and less[6].out_features == 3
     small.train()(IMAGES).sum().backward()
     assert small[1].weight.grad.shape == (4,)
+
+
+def test_one_with_a_scale_of_its_own():
+    model = pruned(network(ConvScaled))
+    expected = model(IMAGES)
+    small = shrink(model, IMAGES)
+    assert remove_channels(model, IMAGES) == 4
+    for less in (small, model):
+        assert isinstance(less[0], ConvScaled) and less[0].scale.shape == (4, 1, 1)
+        assert torch.allclose(less(IMAGES), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_slope_for_each_channel():

@@ -44,8 +44,9 @@ def sparse_compile(
 
     It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, Sigmoid, Hardsigmoid, SiLU,
     Hardswish, additions, products (squeeze-and-excitation), max, average and adaptive average
-    pooling, concatenation, flattening and dropout, as modules or functions. The result takes any
-    batch size, and pictures of the size of the example; compile once for each size.
+    pooling, concatenation, flattening and dropout, as modules or functions, and subclasses that add
+    some of these to a layer. The result takes any batch size, and pictures of the size of the
+    example; compile once for each size.
 
     Args:
         model: A float32 model on the CPU; it is left as it is and used in evaluation mode.
