@@ -15,7 +15,17 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
 from pruneflow.channels.subclasses import SubclassTracer, recognise
-from pruneflow.deploy.runtime.known import CLAMPS, DROPOUTS, FUNCTIONS, POOLS, PRODUCTS, SUMS
+from pruneflow.deploy.runtime.known import (
+    CLAMPS,
+    DIFFERENCES,
+    DROPOUTS,
+    FUNCTIONS,
+    IN_PLACE,
+    POOLS,
+    PRODUCTS,
+    QUOTIENTS,
+    SUMS,
+)
 from pruneflow.deploy.runtime.layers import (
     INFINITY,
     Layer,
@@ -30,13 +40,19 @@ from pruneflow.deploy.runtime.layers import (
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` and `x *= y` as what they are: others who hold x read the result as well."""
+    """Records `x += y` and the like as what they are: others who hold x read the result as well."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
     def __imul__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
 
 class _Tracer(SubclassTracer):
@@ -130,9 +146,22 @@ class _Capture:
         elif node.op == "call_module":
             self.module(node, self.traced.get_submodule(str(node.target)))
         elif node.op in ("call_function", "call_method"):
-            self.function(node)
+            sources = node.all_input_nodes
+            if sources and all(source in self.constants for source in sources):
+                self.constants[node] = self.evaluated(node)
+            else:
+                self.function(node)
         else:
-            self.constants[node] = operator.attrgetter(str(node.target))(self.traced)
+            self.constants[node] = operator.attrgetter(str(node.target))(self.traced).detach()
+
+    def evaluated(self, node: fx.Node) -> Any:
+        """What is computed from parameters alone, as `1 + self.gamma` or `self.gamma.view(-1, 1, 1)`."""
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda source: self.constants[source]
+        )
+        if node.op == "call_method":
+            return getattr(args[0].clone(), str(node.target))(*args[1:], **kwargs)
+        return cast(Any, node.target)(*args, **kwargs)
 
     def refuse(self, node: fx.Node, what: str) -> NoReturn:
         raise ValueError(
@@ -221,13 +250,16 @@ class _Capture:
         target, keywords = node.target, dict(node.kwargs)
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         inplace = bool(keywords.pop("inplace", False)) or name.endswith("_")
-        inplace = inplace or target in (operator.iadd, operator.imul)
+        inplace = inplace or target in IN_PLACE
         arguments = node.args[1:]
         if target == "size" and (arguments, keywords) == ((0,), {}):
             self.batch_sizes.add(node)
             return
-        value = -1 if target is torch.cat else self.operand(node)
-        if not keywords and self.elementwise(node, value):
+        line = self.line(node)
+        value = -1 if target is torch.cat or (line and not inplace) else self.operand(node)
+        if line is not None:
+            self.scale(node, *line)
+        elif not keywords and self.elementwise(node, value):
             pass
         elif self.flattens(node):
             self.flatten(node, value)
@@ -251,6 +283,41 @@ class _Capture:
             self.refuse(node, f"a call of {name} with {arguments} and {keywords}")
         if inplace:
             self.overwrites(node, value)
+
+    def line(self, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
+        """Of what is computed with a value and a constant: the value, its factor and what is added."""
+        known = [isinstance(arg, fx.Node) and arg in self.values for arg in node.args]
+        if len(known) != 2 or sum(known) != 1 or node.kwargs:
+            return None
+        first = known[0]
+        value, other = cast(tuple[fx.Node, Any], node.args if first else node.args[::-1])
+        other = self.constants.get(other) if isinstance(other, fx.Node) else other
+        if not isinstance(other, Tensor | int | float):
+            return None
+        constant, none = torch.as_tensor(other, dtype=torch.float64), torch.zeros(())
+        if node.target in SUMS:
+            return value, none + 1, constant
+        if node.target in PRODUCTS:
+            return value, constant, none
+        if node.target in DIFFERENCES:
+            return (value, none + 1, -constant) if first else (value, none - 1, constant)
+        return (value, 1 / constant, none) if node.target in QUOTIENTS and first else None
+
+    def scale(self, node: fx.Node, source: fx.Node, factor: Tensor, offset: Tensor) -> None:
+        """Each channel times its factor, and something added."""
+        value, each = self.values[source], []
+        shape = cast(Any, source.meta["tensor_meta"]).shape
+        for constant in (factor, offset):
+            if cast(Any, node.meta["tensor_meta"]).shape != shape:
+                self.refuse(node, "with a tensor of a larger shape")
+            rows = constant.broadcast_to(shape).reshape(self.shapes[value][0], -1)
+            if not (rows == rows[:, :1]).all():
+                self.refuse(node, "with other than one number for each channel")
+            each.append(rows[:, 0])
+        size = self.shapes[value][1:]
+        reads, (factor, offset) = Window(size, kernel=(1, 1), output=size), each
+        weight = factor.float()[:, None, None]
+        self.weighted(node, value, reads, weight, offset.float(), kind="scale")
 
     def elementwise(self, node: fx.Node, value: int) -> bool:
         if node.target in CLAMPS and len(node.args) == 1:
@@ -340,10 +407,8 @@ class _Capture:
         offset = -module.running_mean.double() * factor
         if module.bias is not None:
             offset = offset + module.bias.detach().double()
-        size = self.shapes[value][1:]
-        reads = Window(size, kernel=(1, 1), output=size)
-        weight = factor.float()[:, None, None]
-        self.weighted(node, value, reads, weight, offset.float(), kind="scale")
+        channels: tuple[int, ...] = (-1, *[1] * (len(self.shape(node)) - 1))
+        self.scale(node, node.all_input_nodes[0], factor.view(channels), offset.view(channels))
 
     def flatten(self, node: fx.Node, value: int) -> None:
         if self.shapes[value][1:] == (1, 1):
