@@ -77,7 +77,7 @@ def find_coupling(model: nn.Module, example_input: Tensor) -> Coupling:
     """
     model = plain(model)
     with evaluating(model, example_input):
-        traced = trace(model, example_input)
+        traced = trace(model, example_input, fixed_size=True)  # nobody will run it
         flow, rules = analyse(traced, owned(model, traced), fixed_size=False)
         for rule in rules:
             if isinstance(rule, Carried) and rule.has_size_in_code:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pruneflow.channels.subclasses import SubclassTracer, recognise
+from pruneflow.channels.subclasses import SubclassTracer, closed_layers, recognise
 
 _IN_PLACE_OPERATORS = {
     operator.iadd: operator.add,
@@ -19,7 +19,7 @@ _IN_PLACE_OPERATORS = {
 }
 
 
-def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+def trace(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False) -> fx.GraphModule:
     """Record the forward pass of `model` with its first argument as the only input.
 
     PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened, and so are subclasses of
@@ -29,6 +29,8 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     Args:
         model: In evaluation mode. The result shares its layers.
         example_input: What `model` takes; it is not changed.
+        fixed_size: Whether the graph is for inputs of this size alone, so that layers can be opened
+            whose code depends on it.
 
     Raises:
         ValueError: If torch.fx cannot trace the model.
@@ -38,8 +40,15 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
         >>> [(node.name, node.meta["shape"]) for node in traced.graph.nodes][1:3]
         [('_0', (5, 3)), ('_1', (5, 3))]
     """
+    traced = _traced(model, example_input, _Tracer())
+    shapes = {n: n.meta["shape"] for n in traced.graph.nodes if "shape" in n.meta}
+    closed = closed_layers(traced, shapes) if fixed_size else {}
+    return _traced(model, example_input, _Tracer(closed)) if closed else traced
+
+
+def _traced(model: nn.Module, example_input: Tensor, tracer: SubclassTracer) -> fx.GraphModule:
     try:
-        graph = _Tracer().trace(model)
+        graph = tracer.trace(model)
     except Exception as error:  # tracing runs the model's own code, which can raise anything
         raise ValueError(
             f"`model` is expected to be traceable by torch.fx, but tracing {type(model).__name__} "

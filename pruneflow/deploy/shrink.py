@@ -68,7 +68,7 @@ def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False)
     with torch.no_grad(), torch.device(example_input.device):
         small = copy.deepcopy(model).eval()
         expected = small(example_input.clone())
-        traced = trace(small, example_input)
+        traced = trace(small, example_input, fixed_size=fixed_size)
         own = owned(small, traced)
         flow, rules = analyse(traced, own, fixed_size=fixed_size)
         changed = False
@@ -77,10 +77,10 @@ def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False)
             changed = True
         _settle(flow, rules)
         rewritten = [rule.cut() for rule in rules]
-        if any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules):
-            changed = True
-            _refuse_other_sizes(traced)
-        if changed or any(rewritten):
+        unreached = any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules)
+        if changed or unreached or any(rewritten):
+            if fixed_size:
+                _refuse_other_sizes(traced)
             for node in traced.graph.nodes:
                 node.meta.clear()  # of shapes that were
             traced.graph.lint()

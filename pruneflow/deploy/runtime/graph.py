@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
-from pruneflow.channels.subclasses import SubclassTracer, recognise
+from pruneflow.channels.subclasses import SubclassTracer, closed_layers, recognise
 from pruneflow.deploy.runtime.known import (
     CLAMPS,
     DIFFERENCES,
@@ -76,22 +76,13 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
         >>> [(layer.kind, layer.low) for layer in capture(model, torch.zeros(1, 3, 5, 5)).layers]
         [('convolution', 0.0)]
     """
-    try:
-        # Around it one more module, as those of PyTorch are kept whole but for the outermost.
-        whole = nn.Sequential(model)
-        graph = _Tracer().trace(whole)
-        layers = recognise(whole, graph)
-        traced = fx.GraphModule(whole, graph)
-        for name, layer in layers.items():
-            traced.set_submodule(name, layer)
-    except Exception as error:
-        raise ValueError(
-            "`model` is expected to be traceable by torch.fx, but tracing it failed with: "
-            f"{error}; take control flow that depends on the data out of its forward"
-        ) from error
-    _drop_assertions(traced.graph)
-    with torch.no_grad():
-        ShapeProp(traced).propagate(example_input[:1].clone())
+    # Around it one more module, as those of PyTorch are kept whole but for the outermost.
+    whole = nn.Sequential(model)
+    traced = _traced(whole, example_input, _Tracer())
+    metas = {node: node.meta.get("tensor_meta") for node in traced.graph.nodes}
+    shapes = {node: meta.shape for node, meta in metas.items() if hasattr(meta, "shape")}
+    if closed := closed_layers(traced, shapes):
+        traced = _traced(whole, example_input, _Tracer(closed))
     captured = _Capture(traced)
     for node in traced.graph.nodes:
         captured.take(node)
@@ -104,6 +95,24 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
     )
 
 
+def _traced(model: nn.Module, example_input: Tensor, tracer: SubclassTracer) -> fx.GraphModule:
+    try:
+        graph = tracer.trace(model)
+        layers = recognise(model, graph)
+        traced = fx.GraphModule(model, graph)
+        for name, layer in layers.items():
+            traced.set_submodule(name, layer)
+    except Exception as error:
+        raise ValueError(
+            "`model` is expected to be traceable by torch.fx, but tracing it failed with: "
+            f"{error}; take control flow that depends on the data out of its forward"
+        ) from error
+    _drop_assertions(traced.graph)
+    with torch.no_grad():
+        ShapeProp(traced).propagate(example_input[:1].clone())
+    return traced
+
+
 def _drop_assertions(graph: fx.Graph) -> None:
     """Leave out what the model asserts, such as the size of its images: each call checks that."""
     read_by_them: set[fx.Node] = set()
@@ -113,6 +122,11 @@ def _drop_assertions(graph: fx.Graph) -> None:
         if alone or node.target is torch._assert:
             read_by_them.update(node.all_input_nodes)
             graph.erase_node(node)
+
+
+def _pads_with_zeros(options: Sequence[Any], keywords: dict[str, Any]) -> bool:
+    given = {"mode": "constant", **dict(zip(("mode", "value"), options, strict=False)), **keywords}
+    return given["mode"] == "constant" and not given.get("value")
 
 
 def _pair(value: Any) -> Pair:
@@ -155,10 +169,9 @@ class _Capture:
             self.constants[node] = operator.attrgetter(str(node.target))(self.traced).detach()
 
     def evaluated(self, node: fx.Node) -> Any:
-        """What is computed from parameters alone, as `1 + self.gamma` or `self.gamma.view(-1, 1, 1)`."""
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda source: self.constants[source]
-        )
+        """What is computed from parameters alone, as `1 + self.gamma`."""
+        given: Any = fx.node.map_arg((node.args, node.kwargs), self.constants.__getitem__)
+        args, kwargs = given
         if node.op == "call_method":
             return getattr(args[0].clone(), str(node.target))(*args[1:], **kwargs)
         return cast(Any, node.target)(*args, **kwargs)
@@ -229,6 +242,8 @@ class _Capture:
             self.norm(node, module, value)
         elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or kind in FUNCTIONS:
             self.activation(node, module, value)
+        elif kind is nn.ZeroPad2d:
+            self.pad(node, module.padding, value)
         elif kind is nn.Flatten:
             if [module.start_dim, module.end_dim] != [1, -1]:
                 self.refuse(node, "a Flatten of other than all but the first dimension")
@@ -269,6 +284,8 @@ class _Capture:
             self.pool(node, make(**given, **keywords), value)
         elif target is functional.adaptive_avg_pool2d or self.means(node):
             self.adaptive(node, value)
+        elif target is functional.pad and _pads_with_zeros(arguments[1:], keywords):
+            self.pad(node, cast(Sequence[int], arguments[0]), value)
         elif target is torch.cat:
             self.concatenate(node)
         elif target is torch.index_select and not keywords:
@@ -285,7 +302,7 @@ class _Capture:
             self.overwrites(node, value)
 
     def line(self, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
-        """Of what is computed with a value and a constant: the value, its factor and what is added."""
+        """Of an operation on a value and a constant: the value, its factor and what is added."""
         known = [isinstance(arg, fx.Node) and arg in self.values for arg in node.args]
         if len(known) != 2 or sum(known) != 1 or node.kwargs:
             return None
@@ -294,23 +311,24 @@ class _Capture:
         other = self.constants.get(other) if isinstance(other, fx.Node) else other
         if not isinstance(other, Tensor | int | float):
             return None
-        constant, none = torch.as_tensor(other, dtype=torch.float64), torch.zeros(())
+        constant = torch.as_tensor(other, dtype=torch.float64, device="cpu")
+        zero, one = constant.new_zeros(()), constant.new_ones(())
         if node.target in SUMS:
-            return value, none + 1, constant
+            return value, one, constant
         if node.target in PRODUCTS:
-            return value, constant, none
+            return value, constant, zero
         if node.target in DIFFERENCES:
-            return (value, none + 1, -constant) if first else (value, none - 1, constant)
-        return (value, 1 / constant, none) if node.target in QUOTIENTS and first else None
+            return (value, one, -constant) if first else (value, -one, constant)
+        return (value, 1 / constant, zero) if node.target in QUOTIENTS and first else None
 
     def scale(self, node: fx.Node, source: fx.Node, factor: Tensor, offset: Tensor) -> None:
         """Each channel times its factor, and something added."""
         value, each = self.values[source], []
-        shape = cast(Any, source.meta["tensor_meta"]).shape
+        before, after = (cast(Any, each.meta["tensor_meta"]).shape for each in (source, node))
+        if before != after:
+            self.refuse(node, "with a tensor of a larger shape")
         for constant in (factor, offset):
-            if cast(Any, node.meta["tensor_meta"]).shape != shape:
-                self.refuse(node, "with a tensor of a larger shape")
-            rows = constant.broadcast_to(shape).reshape(self.shapes[value][0], -1)
+            rows = constant.broadcast_to(1, *before[1:]).reshape(self.shapes[value][0], -1)
             if not (rows == rows[:, :1]).all():
                 self.refuse(node, "with other than one number for each channel")
             each.append(rows[:, 0])
@@ -409,6 +427,17 @@ class _Capture:
             offset = offset + module.bias.detach().double()
         channels: tuple[int, ...] = (-1, *[1] * (len(self.shape(node)) - 1))
         self.scale(node, node.all_input_nodes[0], factor.view(channels), offset.view(channels))
+
+    def pad(self, node: fx.Node, rows_and_columns: Sequence[int], value: int) -> None:
+        """Zeros around a picture: a depthwise 1x1 convolution with ones whose padding they are."""
+        left, _, above, _ = (*rows_and_columns, 0, 0)[:4]
+        if len(rows_and_columns) > 4 or len(self.shape(node)) != 3:
+            self.refuse(node, f"a padding of {tuple(rows_and_columns)}")
+        channels, *size = self.shapes[value]
+        output = _pair(self.shape(node)[1:])
+        reads = Window(_pair(size), kernel=(1, 1), output=output, padding=(above, left))
+        ones = torch.ones(channels, 1, 1, dtype=torch.float32, device="cpu")
+        self.weighted(node, value, reads, ones, None, channels)
 
     def flatten(self, node: fx.Node, value: int) -> None:
         if self.shapes[value][1:] == (1, 1):
