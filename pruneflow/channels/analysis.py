@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pruneflow.channels.flow import Flow
 from pruneflow.channels.operations import makes_a_new_tensor, rule_of
 from pruneflow.channels.rules import Rule
+from pruneflow.channels.subclasses import LAYERS
 from pruneflow.channels.tracing import Storage
 from pruneflow.parameters import locate
 from pruneflow.running import Example, call, evaluating, tensors_in
@@ -37,6 +38,9 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
+_OF_LAYERS = ("weight", "bias", "running_mean", "running_var")
+
+
 def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
     """Names of the layers and tensors that have one place in the model and are used once."""
     nodes = Counter(
@@ -51,8 +55,10 @@ def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
     def alone(name: str) -> bool:
         if name in modules:
             layer = traced.get_submodule(name)
-            held = [tensor for module in layer.modules() for tensor in _held(module)]
-            return all(places[id(tensor)] == 1 for tensor in held)
+            held = dict(_tensors(layer))
+            if type(layer) in LAYERS:  # it may be of a subclass that has more of them
+                held = {own: tensor for own, tensor in held.items() if own in _OF_LAYERS}
+            return all(places[id(tensor)] == 1 for tensor in held.values())
         return places[id(tensors[name])] == 2
 
     return {name for name, count in nodes.items() if count == 1 and alone(name)}

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from pruneflow.channels.attention import Attention
 from pruneflow.channels.flow import Flow
@@ -91,7 +90,7 @@ def makes_a_new_tensor(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the result of an operation that is not in place shares no memory with its inputs."""
     if node.op == "call_module":
         kind = type(traced.get_submodule(str(node.target)))
-        return kind in (*_ACTIVATIONS, *NORMS) or issubclass(kind, nn.Linear | _ConvNd)
+        return kind in (*_ACTIVATIONS, *NORMS, nn.Linear, *_DIMENSIONS)
     function = node.op in ("call_function", "call_method")
     return function and (node.target in _POINTWISE or node.target is torch.cat)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,14 +30,22 @@ _DEFAULTS = {
     **{"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1},
     **{"training": False, "eps": 1e-5},
 }
-_LAYERS = tuple(kind for kinds, _, _ in _FUNCTIONS.values() for kind in kinds)
+LAYERS = tuple(kind for kinds, _, _ in _FUNCTIONS.values() for kind in kinds)
 
 
 class SubclassTracer(fx.Tracer):
     """Opens layers that come with a `forward` of their own, to see what they make of their base's.
 
-    One whose code cannot be followed stays whole.
+    One whose code cannot be followed stays whole. That may be because it counts pixels, as timm's
+    Conv2dSame does, and another tracer that is told of `sizes` can.
+
+    Args:
+        sizes: Qualified names of layers -> shape of their input.
     """
+
+    def __init__(self, sizes: Mapping[str, Sequence[int]] | None = None) -> None:
+        super().__init__()
+        self.sizes = sizes or {}
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Record the forward pass."""
@@ -45,7 +54,7 @@ class SubclassTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is PyTorch's own, and does what its class does."""
-        subclass = isinstance(m, _LAYERS) and type(m) not in _LAYERS
+        subclass = isinstance(m, LAYERS) and type(m) not in LAYERS
         own = subclass or "forward" in vars(m)
         return not own and super().is_leaf_module(m, module_qualified_name)
 
@@ -58,16 +67,64 @@ class SubclassTracer(fx.Tracer):
     ) -> Any:
         """Follow the code of a module, or note that it is called."""
         before, stack = len(self.graph.nodes), self.module_stack.copy()
+        if isinstance(m, LAYERS) and (path := self.path_of_module(m)) in self.sizes:
+            args = (_Sized(args[0].node, self, self.sizes[path]), *args[1:])
+            self.param_shapes_constant = True
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:  # it is the layer's own code
-            if not isinstance(m, _LAYERS):
+            if not isinstance(m, LAYERS):
                 raise
             for node in reversed(list(self.graph.nodes)[before:]):
                 if node.op != "get_attr":  # others are given the same
                     self.graph.erase_node(node)
             self.module_stack = stack
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+        finally:
+            self.param_shapes_constant = False
+
+
+class _Sized(fx.Proxy):
+    """A value of known size, whatever the number of samples."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, sizes: Sequence[int]) -> None:
+        super().__init__(node, tracer)
+        self._sizes = sizes
+
+    def size(self, dim: int | None = None) -> Any:
+        samples = self.tracer.create_proxy("call_method", "size", (self, 0), {})
+        sizes = (samples, *self._sizes[1:])
+        return sizes if dim is None else sizes[dim]
+
+    @property
+    def shape(self) -> Any:
+        return self.size()
+
+    @property
+    def ndim(self) -> int:
+        return len(self._sizes)
+
+    def dim(self) -> int:
+        return len(self._sizes)
+
+
+def closed_layers(traced: fx.GraphModule) -> dict[str, Sequence[int]]:
+    """The layers that a tracer could not open: qualified name -> shape of their input.
+
+    Args:
+        traced: What a `SubclassTracer` made of a model, with the shapes of its values.
+    """
+    called = [node for node in traced.graph.nodes if node.op == "call_module" and node.args]
+    times = Counter(node.target for node in called)
+    return {
+        str(node.target): node.args[0].meta["shape"]
+        for node in called
+        if times[node.target] == 1
+        and isinstance(node.args[0], fx.Node)
+        and "shape" in node.args[0].meta
+        and isinstance(layer := traced.get_submodule(str(node.target)), LAYERS)
+        and type(layer) not in LAYERS
+    }
 
 
 def recognise(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:

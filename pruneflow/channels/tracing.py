@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pruneflow.channels.subclasses import SubclassTracer, recognise
+from pruneflow.channels.subclasses import SubclassTracer, closed_layers, recognise
 from pruneflow.running import Example, arguments, clone
 
 # `x += y` and the like, and what they are where x cannot be changed, as a number.
@@ -25,7 +25,7 @@ _OPERATORS = {
 }
 
 
-def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
+def trace(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> fx.GraphModule:
     """Record the forward pass of `model` on the arguments that the example has, and no others.
 
     PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened, and so are subclasses of
@@ -36,6 +36,8 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
     Args:
         model: In evaluation mode. The result shares its layers.
         example_input: What `model` takes; it is not changed.
+        fixed_size: Whether the graph is for inputs of this size alone, so that layers can be opened
+            whose code depends on it.
 
     Raises:
         ValueError: If the model does not take the example, if torch.fx cannot trace the model, or
@@ -46,6 +48,14 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
         >>> [(node.name, node.meta["shape"]) for node in traced.graph.nodes][1:3]
         [('_0', (5, 3)), ('_1', (5, 3))]
     """
+    traced = _traced(model, example_input)
+    closed = closed_layers(traced) if fixed_size else {}
+    return _traced(model, example_input, closed) if closed else traced
+
+
+def _traced(
+    model: nn.Module, example_input: Example, sizes: Mapping[str, Sequence[int]] | None = None
+) -> fx.GraphModule:
     args, kwargs = tree_map(clone, arguments(example_input))
     try:
         given = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -54,7 +64,7 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
             f"`example_input` must be what {type(model).__name__} takes, got {error}; give a "
             "tensor, a tuple of positional arguments or a dict of keyword arguments"
         ) from error
-    tracer = _Tracer(given)
+    tracer = _Tracer(given, sizes)
     try:
         graph = tracer.trace(model)
     except Exception as error:  # tracing runs the model's own code, which can raise anything
@@ -222,12 +232,17 @@ class _Tracer(SubclassTracer):
 
     Args:
         given: The arguments; None for those in the signature, as unpickling a traced model asks.
+        sizes: See `SubclassTracer`.
     """
 
     proxy_buffer_attributes = True  # what is computed from them, as FrozenBatchNorm2d does, is seen
 
-    def __init__(self, given: inspect.BoundArguments | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        given: inspect.BoundArguments | None = None,
+        sizes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(sizes)
         self._given = given
         self._made: dict[Tensor, int] = {}
 

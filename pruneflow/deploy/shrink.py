@@ -70,7 +70,7 @@ def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False
     expected = outputs(model, example_input)
     small = copy.deepcopy(model).eval()
     with evaluating(small, example_input):
-        traced = trace(small, example_input)
+        traced = trace(small, example_input, fixed_size=fixed_size)
     with torch.no_grad(), device_of(model, example_input):
         own = owned(small, traced)
         flow, rules = analyse(traced, own, fixed_size=fixed_size)
@@ -80,10 +80,10 @@ def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False
             changed = True
         _settle(flow, rules)
         rewritten = [rule.cut() for rule in rules]
-        if any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules):
-            changed = True
-            _refuse_other_sizes(traced)
-        if changed or any(rewritten):
+        unreached = any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules)
+        if changed or unreached or any(rewritten):
+            if fixed_size:
+                _refuse_other_sizes(traced)
             for node in traced.graph.nodes:
                 node.meta.clear()  # of shapes that were
             traced.graph.lint()
@@ -156,6 +156,8 @@ def _insert_constant(traced: fx.GraphModule, flow: Flow, node: fx.Node, source: 
 
 
 def _remove_unused(traced: fx.GraphModule, node: fx.Node) -> None:
+    if node not in traced.graph.nodes:  # by then removed, as all that read it were
+        return
     sources = node.all_input_nodes
     writes = is_in_place(node) and any(len(source.users) > 1 for source in sources)
     if node.users or node.op == "placeholder" or writes:

@@ -1,6 +1,7 @@
 """Subclasses of layers, as libraries have them, are taken for what they compute."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -40,6 +41,17 @@ class ConvAct(nn.Conv2d):
         return super().forward(x).relu()
 
 
+class ConvScaled(nn.Conv2d):
+    """With a scale of its own."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.scale = nn.Parameter(torch.ones(self.out_channels, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
 class ConvByHand(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(
@@ -74,9 +86,20 @@ class Standardised(nn.Conv2d):
 class Same(nn.Conv2d):
     """As timm's Conv2dSame: how much it pads, it computes from the image."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"padding": 0})
+
     def forward(self, x):
-        rest = max(self.kernel_size[0] - self.stride[0], x.shape[-1] % 2 - 1)
-        return F.conv2d(F.pad(x, (0, rest, 0, rest)), self.weight, self.bias, self.stride)
+        pads = []
+        for size, kernel in zip(x.size()[-2:], self.weight.shape[-2:], strict=True):
+            pads += [0, max((math.ceil(size / 2) - 1) * 2 + kernel - size, 0)]
+        assert x.ndim == x.dim() == 4 and x.shape[1] == x.size(1)
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride)
+
+
+class Choosing(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x if x.sum() > -1e6 else -x)
 
 
 class Doubled(nn.Conv2d):
@@ -149,12 +172,36 @@ def test_they_lose_channels_and_compile(layers):
     assert small[1].weight.grad.shape == (4,)
 
 
+def test_one_with_a_scale_of_its_own():
+    model = pruned(network(ConvScaled))
+    expected = model(IMAGES)
+    small = shrink(model, IMAGES)
+    assert remove_channels(model, IMAGES) == 4
+    for less in (small, model):
+        assert isinstance(less[0], ConvScaled) and less[0].scale.shape == (4, 1, 1)
+        assert torch.allclose(less(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_slope_for_each_channel():
     model = pruned(network(act=lambda: Slope(6)))
     expected = model(IMAGES)
     assert remove_channels(model, IMAGES) == 4
     assert model[2].weight.shape == (4,) and model[2].num_parameters == 4
     assert torch.allclose(model(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_that_counts_pixels():
+    model = pruned(network(Same))
+    images, others = IMAGES[..., :7], torch.randn(2, 3, 9, 6)
+    expected, others_expected = model(images), model(others)
+    fast = sparse_compile(model, images, threads=1)
+    assert torch.allclose(fast(images[:2]), expected[:2], rtol=1e-3, atol=1e-3)
+    small, fixed = shrink(model, images), shrink(model, images, fixed_size=True)
+    assert fixed[0].out_channels == 4
+    assert torch.allclose(fixed(images), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(small(others), others_expected, rtol=1e-4, atol=1e-4)
+    assert remove_channels(model, images) == 4
+    assert torch.allclose(model(others), others_expected, rtol=1e-4, atol=1e-4)
 
 
 def parametrized():
@@ -183,7 +230,7 @@ def hooked():
 
 WHOLE = {
     "standardised": lambda: network(Standardised),
-    "what cannot be followed": lambda: network(Same),
+    "what cannot be followed": lambda: network(Choosing),
     "another weight": lambda: network(Doubled),
     "another stride": lambda: network(Strided),
     "another epsilon": lambda: network(norm=Unnormalised),

@@ -275,6 +275,51 @@ def test_smooth_activations_far_out(function):
         torch.testing.assert_close(run(batch), model(batch), rtol=1e-6, atol=1e-35, equal_nan=True)
 
 
+class Line(nn.Module):
+    """Something is done to each channel by itself."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code, self.a, self.b = code, nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 1)
+        self.gamma = nn.Parameter(torch.rand(6) + 0.5)
+        self.register_buffer("held", torch.rand(1, 6, 1, 1) + 0.5)
+        self.number = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.b(self.code(self, self.a(x)))
+
+
+def changed_in_place(model, x):
+    other = x
+    other -= 1
+    other /= 2
+    return x + other
+
+
+LINES = {
+    "scale": lambda m, x: x * m.gamma.view(1, -1, 1, 1) + m.held,
+    "one and gamma": lambda m, x: (1 + m.gamma)[:, None, None] * x,
+    "less": lambda m, x: m.held - (x - 2),
+    "quotient": lambda m, x: x / m.held * m.number,
+    "hardswish by hand": lambda m, x: x * functional.relu6(x + 3.0) / 6,
+    "in place": changed_in_place,
+    "pad": lambda m, x: functional.pad(x, (1, 0, 2, 3)) + 1,
+}
+
+
+@pytest.mark.parametrize("code", LINES.values(), ids=LINES)
+def test_scales_and_offsets(code):
+    model = Line(code)
+    batch = torch.randn(7, 3, 8, 9)
+    assert difference(model.eval(), batch, Choice(2, 4096, padded=True)) < 1e-5
+
+
+def test_frozen_batch_norm():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), torchvision.ops.FrozenBatchNorm2d(6), nn.ReLU())
+    model[1].running_mean.normal_()
+    assert difference(model.eval(), torch.randn(3, 3, 5, 5), Choice()) < 1e-5
+
+
 def test_all_weights_zero():
     model = prune(resnet(), 0.0)
     assert difference(model, torch.randn(3, 3, 32, 32)) < 1e-5
@@ -509,6 +554,9 @@ class Rows(nn.Module):
         (Gates(), (3,), "'tanh' is a call of tanh"),
         (Views(), (2, 4, 4), "'_0_clip' is in place on what 'add' holds as well"),
         (Rows(), (2, 4, 4), "shapes, (2, 4, 4) and (2, 4, 1)"),
+        (Line(lambda m, x: x * m.a.bias), (3, 8, 8), "other than one number for each channel"),
+        (Line(lambda m, x: 1 / x), (3, 8, 8), "'truediv' is not of a tensor"),
+        (Line(lambda m, x: functional.pad(x, (1, 1), value=1)), (3, 8, 8), "a call of pad"),
         (
             nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
             (2, 4, 4),

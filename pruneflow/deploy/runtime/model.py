@@ -43,8 +43,9 @@ def sparse_compile(
     that only where whole channels or branches died.
 
     It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, Sigmoid, Hardsigmoid, SiLU,
-    Hardswish, additions, products (squeeze-and-excitation), max, average and adaptive average
-    pooling, concatenation, flattening and dropout, as modules or functions. The result takes any
+    Hardswish, additions, products (squeeze-and-excitation), scales and offsets of channels, max,
+    average and adaptive average pooling, zero padding, concatenation, flattening and dropout, as
+    modules or functions, and subclasses that add some of these to a layer. The result takes any
     batch size, and pictures of the size of the example; compile once for each size.
 
     Args:
