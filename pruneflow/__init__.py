@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pruneflow.callback import PruningCallback
     from pruneflow.checkpoint import SparsityCheckpoint
     from pruneflow.checkpoint_io import AtomicCheckpointIO
+    from pruneflow.classifying import load_classifier
     from pruneflow.gradients import Gradients
 else:
     from importlib import import_module as _import_module
@@ -29,6 +30,7 @@ else:
         "Gradients": "gradients",
         "PruningCallback": "callback",
         "SparsityCheckpoint": "checkpoint",
+        "load_classifier": "classifying",
     }
 
     def __getattr__(name):
@@ -69,6 +71,7 @@ __all__ = [
     "fold",
     "fold_model",
     "latency",
+    "load_classifier",
     "magnitude",
     "multiply_adds",
     "register_layer",

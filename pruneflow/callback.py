@@ -11,7 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from pruneflow.arguments import check_arguments, plain_costs
-from pruneflow.companions import LearningRates, check_averages, check_disjoint, denser_choices
+from pruneflow.companions import (
+    LearningRates,
+    check_averages,
+    check_disjoint,
+    denser_choices,
+    swapping,
+)
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
@@ -19,7 +25,7 @@ from pruneflow.importance import Importance, magnitude, needs_gradients
 from pruneflow.logged import Logged
 from pruneflow.masking import Masking
 from pruneflow.masks import MaskSet
-from pruneflow.parameters import Pattern
+from pruneflow.parameters import Pattern, locate
 from pruneflow.plan import Clock, Plan, has_rounds
 from pruneflow.processes import decide
 from pruneflow.pruner import Pruner
@@ -145,7 +151,12 @@ class PruningCallback(L.Callback):
         self._validated = False  # since the last training step
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_model": None}  # which goes into no other process
+        # A process that is spawned gets the model as well, and has to know it again.
+        return vars(self) | {"_model": None if self._model is None else self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]
+        vars(self).update(state | {"_model": None if model is None else weakref.ref(model)})
 
     @property
     def state_key(self) -> str:
@@ -242,6 +253,11 @@ class PruningCallback(L.Callback):
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
         if self.pruner.selection.dense:
             rank_zero_info(self.pruner.selection.describe_dense())
+        if self.optimizer_state == "keep" and (names := swapping(trainer.optimizers)):
+            rank_zero_warn(
+                f"`optimizer_state` 'keep' lets the `eval()` of {', '.join(names)} bring pruned "
+                "weights back after training; use 'zero_pruned'"
+            )
         check_averages(trainer, self.masking)
         check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
         self._take_restored()
@@ -419,17 +435,17 @@ class PruningCallback(L.Callback):
                 f"{', '.join(map(repr, state['others']))}; resume with the same `include` and "
                 "`exclude`, or start from its weights with `from_zeros=True`"
             )
-        assert self.plan is not None
+        assert self.plan is not None and self.pruner is not None  # made when fit began
         check_state(
             state,
             self.plan.state(),
             self._method(),
+            {name: slot.parameter for name, slot in locate(self.pruner.model).items()},
             longer_is_other=has_rounds(self.schedule),
         )
         self.round = state["round"]
         self._masks, self._scored = state["masks"], state["names"]
         if state["costs"] is not None:  # measured, so another measurement would find others
-            assert self.pruner is not None
             self._costs = self.pruner.costs = state["costs"]
         saved = state["learning_rate"]
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None

@@ -206,6 +206,12 @@ class SparsityCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; or start over in another folder, which ModelCheckpoint says."""
+        lacking = [f"no `{key}`" for key in self.state_dict() if key not in state_dict]
+        if lacking:
+            raise ValueError(
+                "the checkpoint's state of SparsityCheckpoint must be whole, got "
+                f"{', '.join(lacking)}; resume from another, or without SparsityCheckpoint"
+            )
         super().load_state_dict(state_dict)
         self._best = state_dict["best_of_rounds"] if state_dict["dirpath"] == self.dirpath else {}
 
@@ -230,9 +236,13 @@ def _ends_unvalidated(trainer: L.Trainer) -> bool:
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     if every is None or epochs in (None, -1) or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return False
-    plans = [p.plan for p in pruning_callbacks(trainer) if p.plan and p.plan.unit == "epoch"]
-    last = max((plan.rounds[-1].at for plan in plans if plan.rounds), default=0)
-    return epochs // every * every <= last
+    plans = [(p.plan, p.round) for p in pruning_callbacks(trainer) if p.plan]
+    to_come = [
+        plan.rounds[-1].at
+        for plan, done in plans
+        if plan.unit == "epoch" and done < len(plan.rounds)
+    ]
+    return epochs // every * every <= max(to_come, default=0)
 
 
 def _round(trainer: L.Trainer) -> int:

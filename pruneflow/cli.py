@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
+import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from pruneflow import provenance
 from pruneflow.deployment import Deployment
+from pruneflow.document import document
+from pruneflow.ends import TARGET_MISSED, no_space, signals
 from pruneflow.experiment import Experiment
 from pruneflow.facts import Facts
+from pruneflow.preflight import BuildError, unwrap
 from pruneflow.report import forms_summary, summary
 from pruneflow.resources import resource_dir
 from pruneflow.run_folder import drop_checkpoints
@@ -42,12 +48,12 @@ def _run(config: DictConfig) -> float | None:
     try:
         lock.acquire()
         _check_recipe(recipe, dict(settings.runtime.choices))
-        if config.resume:
+        if config.resume and config.task == "prune":
             _check_resumed(config, folder)
             if _is_finished(folder):
-                _log.info("Finished already: %s", folder)
+                _log.info("Finished already: %s (task=deploy measures its forms anew)", folder)
                 drop_checkpoints(folder)  # a run killed just before it ended has left them
-                return _show(json.loads((folder / "report.json").read_text("utf-8")), folder)
+                return _show(_read_facts(folder), folder)
         job = _prepare(config, folder, recipe)
     except Timeout:
         sys.exit(
@@ -55,45 +61,108 @@ def _run(config: DictConfig) -> float | None:
             f"one is writing to {folder}; wait for it, or choose another folder"
         )
     except InstantiationException as error:
-        # Hydra wraps what the constructor said; the wrapping adds only which key it came from.
-        cause = error.__cause__ or error
-        sys.exit(f"pruneflow: {cause}\n(in `{str(error).rpartition('full_key: ')[2]}`)")
+        sys.exit(_refusal(unwrap(error)))
     except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
-        sys.exit(f"pruneflow: {error}")
-    if isinstance(job, Experiment):
-        return _show(job.run(), folder)
-    rich.print(forms_summary(job.run()))
-    rich.print(f"Files: {folder}")
+        sys.exit(_refusal(error))
+    try:
+        if isinstance(job, Experiment):
+            return _show(job.run(), folder)
+        rich.print(forms_summary(job.run()))
+        rich.print(f"Files: {folder}")
+    except Exception as error:
+        if no_space(error):
+            sys.exit(
+                f"pruneflow: no space is left on the disk ({error}); every file that was whole is "
+                f"kept in {folder}. {_how_to_go_on()}"
+            )
+        raise
     return None
+
+
+def _refusal(error: Exception) -> str:
+    """What is said of bad input: with which node could not be built, and what set it."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    if not isinstance(error, BuildError):
+        return f"pruneflow: {error}"
+    given = [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").startswith(error.key)]
+    remedy = f"change or leave out {', '.join(given)}" if given else "--cfg job shows what is set"
+    return (
+        f"pruneflow: {error}\n(in `{error.key}`; {remedy}; HYDRA_FULL_ERROR=1 tells where it was "
+        "raised)"
+    )
 
 
 def _prepare(config: DictConfig, folder: Path, recipe: str) -> Experiment | Deployment:
     """Build what the task needs, and refuse bad input."""
     if config.task == "deploy":
+        _name_unread("deploy")
         return Deployment(config, folder)
-    if config.task != "prune":
-        raise ValueError(f"`task` is expected to be prune or deploy, but {config.task!r} came")
     overrides = map(shlex.quote, HydraConfig.get().overrides.task)
-    return Experiment(config, folder, recipe, " ".join(["python -m pruneflow", *overrides]))
+    return Experiment(config, folder, recipe, " ".join([*_PROGRAM, *overrides]))
+
+
+def _name_unread(task: str) -> None:
+    """Say which of the command's settings a task does not read."""
+    read = ("task", "checkpoint", "recipe", "seed", "model", "data", "deploy", "dense.weights")
+    unread = [
+        override
+        for override in HydraConfig.get().overrides.task
+        if not re.match(rf"[+~]*({'|'.join(map(re.escape, read))})\b", override)
+    ]
+    if unread:
+        _log.warning("task=%s does not read %s", task, ", ".join(unread))
 
 
 def _show(facts: Facts, folder: Path) -> float:
     rich.print(summary(facts))
     rich.print(f"Report: {folder / 'report.html'}")
+    if not document(facts, str(folder)).reached:
+        _missed.append(folder)
     return facts["final"]["val_accuracy"]
+
+
+_PROGRAM = ("python", "-m", "pruneflow")
+_missed: list[Path] = []  # folders of this command's runs that ended short of their target
+
+
+def _how_to_go_on() -> str:
+    """The command that resumes what is running."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("resume=")]
+    if not HydraConfig.initialized():
+        return "Nothing was running yet."
+    settings = HydraConfig.get()
+    if "task=deploy" in arguments:
+        return f"Start it again with: {shlex.join([*_PROGRAM, *arguments])}"
+    if settings.mode == RunMode.MULTIRUN and not _given("hydra.sweep.dir"):
+        arguments.append(f"hydra.sweep.dir={settings.sweep.dir}")
+    return f"Go on with: {shlex.join([*_PROGRAM, *arguments, 'resume=true'])}"
+
+
+def _given(key: str) -> bool:
+    return any(o.startswith(f"{key}=") for o in HydraConfig.get().overrides.hydra)
+
+
+# -- resuming --------------------------------------------------------------------------------------
 
 
 def _check_resumed(config: DictConfig, folder: Path) -> None:
     """Refuse to go on with a run of another configuration."""
-    settings = HydraConfig.get()
-    if settings.mode == RunMode.MULTIRUN and not any(
-        override.startswith("hydra.sweep.dir=") for override in settings.overrides.hydra
-    ):
-        raise ValueError(
-            "`hydra.sweep.dir` is expected with `resume=true` in a sweep, and none came; give the "
-            "folder of the sweep that is to be resumed"
-        )
-    different = _differences(folder, config)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if not _given("hydra.sweep.dir"):
+            raise ValueError(
+                "`hydra.sweep.dir` is expected with `resume=true` in a sweep, and none came; give "
+                "the folder of the sweep that is to be resumed"
+            )
+    elif not _given("hydra.run.dir"):
+        _name_others(config, folder)
+    if not (folder / "config.yaml").exists():
+        return
+    try:
+        there = _settings_of(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it, and `resume` starts anew there") from error
+    different = _differences(there, _settings(config))
     if different:
         raise ValueError(
             f"`resume` is expected to find a run of this configuration, but the one in {folder} "
@@ -101,11 +170,53 @@ def _check_resumed(config: DictConfig, folder: Path) -> None:
         )
 
 
-def _differences(folder: Path, config: DictConfig) -> list[str]:
-    """What determines the result and differs from the run in a folder, if there is one."""
-    if not (folder / "config.yaml").exists():
-        return []
-    there, here = _settings(OmegaConf.load(folder / "config.yaml")), _settings(config)
+def _run_folder(parent: str, fresh: str, *, _root_: DictConfig) -> str:
+    """With `resume`, the newest unfinished run of this configuration in a folder; else a new one.
+
+    The configuration calls it for `hydra.run.dir`, before anything is written.
+    """
+    if not (_root_.resume and _root_.task == "prune"):
+        return str(Path(parent, fresh))
+    same = [folder for folder, different in _unfinished(Path(parent), _root_) if different == []]
+    return str(max(same, key=_changed, default=Path(parent, fresh)))
+
+
+def _unfinished(parent: Path, config: DictConfig) -> list[tuple[Path, list[str] | str]]:
+    """The unfinished runs in a folder, each with what differs, or why that cannot be told."""
+    here, found = _settings(config), list[tuple[Path, list[str] | str]]()
+    paths = (*parent.glob("*/config.yaml"), *parent.glob("*/checkpoints"))
+    for folder in sorted({path.parent for path in paths}):
+        if not _is_finished(folder):
+            try:
+                found.append((folder, _differences(_settings_of(folder), here)))
+            except ValueError as error:
+                found.append((folder, str(error)))
+    return found
+
+
+def _name_others(config: DictConfig, folder: Path) -> None:
+    """Say which runs are passed over because they are damaged, or differ, where none is resumed."""
+    others = [(path, why) for path, why in _unfinished(folder.parent, config) if path != folder]
+    for path, why in others:
+        if isinstance(why, str):
+            _log.warning("`resume` passes over %s: %s; delete it if it is of no use", path, why)
+    near = [(path, why) for path, why in others if why and isinstance(why, list)]
+    if near and not (folder / "config.yaml").exists():
+        path, different = min(near, key=lambda other: (len(other[1]), -_changed(other[0])))
+        _log.warning(
+            "`resume` found no unfinished run of this configuration; the nearest, %s, differs: %s; "
+            "set them alike to go on with it",
+            path,
+            "; ".join(different),
+        )
+
+
+def _changed(folder: Path) -> float:
+    return (folder / "config.yaml").stat().st_mtime
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What determines the result and differs."""
     return [
         f"`{key}` was {there.get(key)!r} and is {here.get(key)!r}"
         for key in {**there, **here}
@@ -115,36 +226,41 @@ def _differences(folder: Path, config: DictConfig) -> list[str]:
 
 def _settings(config: Any) -> dict[str, Any]:
     """All that determines the result: `schedule.target` and so on, and their values."""
-    keys = [key for key in config if key not in ("hydra", "logger", "resume")]
+    keys = [key for key in config if key != "hydra"]
     node: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
-    return dict(_values(node))
+    return provenance.determining(node)
 
 
-def _values(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """The same of a run.
+
+    Raises:
+        ValueError: If the file that holds them is missing or damaged.
+    """
+    path = folder / "config.yaml"
+    try:
+        return _settings(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} is missing or damaged ({said})") from error
 
 
 def _is_finished(folder: Path) -> bool:
     return (folder / "report.html").exists()  # written last
 
 
-def _run_folder(parent: str, fresh: str, *, _root_: DictConfig) -> str:
-    """With `resume`, the newest unfinished run of this configuration in a folder; else a new one.
+def _read_facts(folder: Path) -> Facts:
+    try:
+        facts: Facts = json.loads((folder / "report.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / 'report.json'} must be the report of a finished run, got a damaged file; "
+            "delete report.html beside it and resume, or start anew"
+        ) from error
+    return facts
 
-    The configuration calls it for `hydra.run.dir`, before anything is written.
-    """
-    configs = Path(parent).glob("*/config.yaml") if _root_.resume else ()
-    unfinished = [
-        config
-        for config in configs
-        if not _is_finished(config.parent) and not _differences(config.parent, _root_)
-    ]
-    newest = max(unfinished, key=lambda config: config.stat().st_mtime, default=None)
-    return str(newest.parent if newest else Path(parent, fresh))
+
+# -- recipes ---------------------------------------------------------------------------------------
 
 
 def _check_recipe(recipe: str, choices: dict[str, Any]) -> None:
@@ -203,9 +319,13 @@ def store_recipes() -> None:
 
 
 def main() -> None:
-    """Run `python -m pruneflow`."""
+    """Run `python -m pruneflow`; `pruneflow.ends` says how it may end."""
     # Lightning's own affair with newer PyTorch, of no use to who runs this.
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+    logging.raiseExceptions = False  # a log that cannot be written ends nothing
     store_recipes()
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-    _run()
+    with signals(_how_to_go_on):
+        _run()
+    if _missed:
+        sys.exit(TARGET_MISSED)

@@ -153,6 +153,11 @@ def _rates(optimizers: Sequence[Optimizer]) -> Iterator[tuple[tuple[int, int], f
             yield (i, j), float(group.get("lr", 0.0))
 
 
+def swapping(optimizers: Sequence[Optimizer]) -> list[str]:
+    """Which optimizers put other weights in place for evaluation, as schedule-free ones do."""
+    return [type(each).__name__ for each in optimizers if callable(getattr(each, "eval", None))]
+
+
 def check_averages(trainer: L.Trainer, masking: Masking | None) -> None:
     """Refuse averages of the weights beside a masking that they do not go with.
 

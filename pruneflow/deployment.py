@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-from torch import nn
+from omegaconf import DictConfig, OmegaConf
 
+from pruneflow.classifying import describe, metadata
 from pruneflow.delivery import deliver
 from pruneflow.deploy import Form, load_packed
 from pruneflow.deploy.forms import markdown
 from pruneflow.files import write_whole
-from pruneflow.models import load_weights
+from pruneflow.models import load_state, load_weights
+from pruneflow.preflight import build_data, build_network, check_values
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Deployment:
                 "`checkpoint` is expected to name the pruned weights for task=deploy, but null "
                 "came; give checkpoint=FILE, such as the model.safetensors of a run"
             )
+        check_values(config)
         if not config.deploy.batches:
             raise ValueError(
                 "`deploy.batches` is expected to hold the batch sizes to time, but none came; give "
@@ -47,14 +49,14 @@ class Deployment:
             )
         self.config = config
         self.folder = folder
-        self.data = instantiate(config.data)
-        self.data.prepare_data()
-        self.data.setup("test")
-        self.dense, self.pruned = self._network(), self._network()
+        self.data = build_data(config.data)
+        node: Any = OmegaConf.to_container(config.model, resolve=True)
+        self.description = describe(node, self.data)
+        self.dense, self.pruned = (build_network(config.model, self.data) for _ in range(2))
         if config.dense.weights is not None:
             load_weights(self.dense, config.dense.weights)
         if Path(config.checkpoint).suffix == ".packed":
-            self.pruned.load_state_dict(load_packed(config.checkpoint))
+            load_state(self.pruned, load_packed(config.checkpoint), config.checkpoint)
         else:
             load_weights(self.pruned, config.checkpoint)
 
@@ -68,6 +70,7 @@ class Deployment:
             self.folder,
             batches=self.config.deploy.batches,
             threads=self.config.deploy.threads,
+            metadata=metadata(self.description),
         )
         if self.config.dense.weights is None:
             for form in forms:
@@ -78,9 +81,3 @@ class Deployment:
         with write_whole(self.folder / "forms.md") as path:
             path.write_text(markdown(forms) + "\n", encoding="utf-8")
         return forms
-
-    def _network(self) -> nn.Module:
-        network: nn.Module = instantiate(self.config.model)(
-            num_classes=self.data.num_classes, in_channels=self.data.image_shape[0]
-        )
-        return network

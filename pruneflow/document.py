@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pruneflow.classifying import snippet
 from pruneflow.deploy.forms import Form, table
 from pruneflow.facts import Facts
 from pruneflow.plots import sparsity_text
@@ -63,11 +64,16 @@ def _verdict(facts: Facts) -> tuple[str, str, bool]:
     if target is None:
         return "Sparsity was not known ahead.", f"{what}. {accuracy}", True
     if facts["costs"] is not None:
-        costs = facts["costs"].replace("_", "-")
         reached = final["removed"] >= target * (1 - 1e-9)
-        what = f"{_sparsity(final['removed'])} of the {costs} of prunable weights are gone: {what}"
-        headline = "Target reached." if reached else "Target not reached."
-        return headline, f"{what} (target {_sparsity(target)}). {accuracy}", reached
+        what = (
+            f"{_sparsity(final['removed'])} of the {_costs(facts)} of prunable weights "
+            f"{'is' if facts['costs'] == 'latency' else 'are'} gone: {what}"
+        )
+        over = final["removed"] - target
+        if not reached:
+            explanation = f"{what} (target {_sparsity(target)}). {accuracy}"
+            return "Target not reached.", explanation, False
+        return _reached(facts, what, over, accuracy)
     # Every tensor that competes for itself rounds its own count of pruned weights.
     missing = target * weights - pruned
     if missing > 0.5 * len(facts["layers"]):
@@ -80,13 +86,46 @@ def _verdict(facts: Facts) -> tuple[str, str, bool]:
         return "Target not reached.", explanation, False
     if not facts["rounds"]:
         return "Nothing was pruned.", f"{what}; no rounds were asked for. {accuracy}", True
-    return "Target reached.", f"{what} (target {_sparsity(target)}). {accuracy}", True
+    return _reached(facts, what, pruned / weights - target if weights else 0.0, accuracy)
+
+
+_OVERSHOT = 0.005  # of what is counted; less goes with the rounding of counts
+
+
+def _reached(facts: Facts, what: str, over: float, accuracy: str) -> tuple[str, str, bool]:
+    target = _sparsity(facts["target"])
+    if over <= _OVERSHOT:
+        return "Target reached.", f"{what} (target {target}). {accuracy}", True
+    parts = {
+        "Channels": "whole channels go, in wide layers 16 at a time",
+        "Block": "whole blocks go",
+    }
+    whole = parts.get(facts["granularity"].partition("(")[0], "what goes together goes as a whole")
+    more = f"{100 * over:.2f} points more than the target of {target}, since {whole}"
+    return "Target exceeded.", f"{what}. This is {more}. {accuracy}", True
+
+
+def _costs(facts: Facts) -> str:
+    """What a target counts. Latency is a sum of prices per weight, so it is estimated."""
+    costs = (facts["costs"] or "weights").replace("_", "-")
+    return f"estimated {costs}" if costs == "latency" else costs
+
+
+def _limits(facts: Facts) -> str:
+    """Say it where only some of the test set was tested."""
+    tested, pictures = facts["final"]["tested"], facts["final"]["test_pictures"]
+    if pictures is None or tested >= pictures:
+        return ""
+    return (
+        f"Only {tested:,} of {pictures:,} test pictures were tested (trainer.limit_test_batches): "
+        "all test accuracies here are those of that part."
+    )
 
 
 def _target(facts: Facts) -> str:
     if facts["target"] is None:
         return "target: not known ahead"
-    counted = "" if facts["costs"] is None else f" of {facts['costs'].replace('_', '-')}"
+    counted = "" if facts["costs"] is None else f" of {_costs(facts)}"
     return f"target: {_sparsity(facts['target'])}{counted}"
 
 
@@ -245,8 +284,11 @@ def forms_section(forms: Sequence[Form]) -> Section:
         rows=tuple(rows),
         note=(
             "Each form is built from its file and measured on the CPU: latencies in turns in one "
-            "process, peak memory in a process of its own (on Linux), accuracy on the test set. In "
-            "brackets: the dense network in PyTorch divided by this form; more than 1 is better. "
+            "process, peak memory in a process of its own (on Linux), accuracy on the test set. "
+            "After ± stands how far the middle half of the times spread; where that is more than a "
+            "tenth, ≈ marks the time and the ratios it is part of, and figures of a quieter "
+            "machine may differ. In brackets: the dense network in PyTorch divided by this form; "
+            "more than 1 is better. "
             "No gain is what is no smaller than that, or no faster than the fastest dense form."
         ),
     )
@@ -281,8 +323,38 @@ def _files(facts: Facts) -> Section:
     )
 
 
-def document(facts: Facts) -> Document:
-    """All that a report says about a run."""
+def _use(facts: Facts, folder: str) -> Section:
+    about = facts["classifier"]
+    if about["mean"] is None or about["std"] is None:
+        return Section(
+            title="Use it",
+            note=(
+                "The datamodule has no `mean` and `std`, so the files do not say how pictures "
+                "become inputs: load_classifier needs both."
+            ),
+        )
+    picture = f"{folder}/example.png" if facts["example"] is not None else "picture.png"
+    shown = "" if facts["example"] is None else f" example.png is of class {facts['example']}."
+    channels, height, width = about["image_shape"]
+    return Section(
+        title="Use it",
+        code=snippet(about, folder, picture),
+        note=(
+            f"From the folder that the run was started in.{shown} Any picture will do: it is made "
+            f"{'grey' if channels == 1 else 'RGB'}, cropped and resized to {width} × {height} "
+            "pixels. The names of the classes, mean and std stand in report.json and in the "
+            "metadata of model.safetensors, model.packed and shrunk.onnx."
+        ),
+    )
+
+
+def document(facts: Facts, folder: str) -> Document:
+    """All that a report says about a run.
+
+    Args:
+        facts: What it found.
+        folder: Where its files lie, as seen from where it was started.
+    """
     verdict, explanation, reached = _verdict(facts)
     per_class = zip(facts["classes"], facts["final"]["test_per_class"], strict=True)
     return Document(
@@ -290,10 +362,12 @@ def document(facts: Facts) -> Document:
         verdict=verdict,
         explanation=explanation,
         reached=reached,
+        warning=_limits(facts),
         sections=(
             _before_and_after(facts),
             *([forms_section(facts["forms"])] if facts["forms"] else []),
             _files(facts),
+            _use(facts, folder),
             _rounds(facts),
             Section(
                 title="Plots",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pruneflow import provenance
 from pruneflow.callback import PruningCallback
 from pruneflow.checkpoint_io import AtomicCheckpointIO, check_whole
+from pruneflow.classifying import describe, metadata
 from pruneflow.delivery import deliver
 from pruneflow.deploy import Form
 from pruneflow.facts import Facts, FinishedRound, layers, planned_rounds, size
@@ -34,9 +35,25 @@ from pruneflow.loggers import one_run
 from pruneflow.models import Classifier, load_weights
 from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan
+from pruneflow.preflight import (
+    build,
+    build_data,
+    build_network,
+    building,
+    check_cache,
+    check_trainer,
+    check_values,
+)
 from pruneflow.pruner import Pruner
 from pruneflow.report import write_report
-from pruneflow.run_folder import drop_checkpoints, load_network, save_network
+from pruneflow.run_folder import (
+    drop_checkpoints,
+    load_cached,
+    pictures,
+    save_cached,
+    save_example,
+    save_network,
+)
 from pruneflow.sparsity import sparsity_report
 
 _log = logging.getLogger(__name__)
@@ -67,14 +84,11 @@ class Experiment:
                     "came; stages last `dense.epochs` and `pruning.epochs` and validate after each "
                     "epoch, so set those"
                 )
-        if config.trainer.limit_val_batches == 0:
+        check_values(config)
+        if config.checkpoint is not None:
             raise ValueError(
-                "`trainer.limit_val_batches` is expected to leave batches to validate on, but 0 "
-                "came; every round is measured on them"
-            )
-        if not isinstance(config.resume, bool):
-            raise ValueError(
-                f"`resume` is expected to be true or false, but {config.resume!r} came"
+                f"`checkpoint` must be left out when pruning, got {config.checkpoint!r}; give "
+                "task=deploy to measure it, or dense.weights=FILE to start from it"
             )
         if config.trainer.devices not in (1, "1"):
             raise ValueError(
@@ -92,27 +106,27 @@ class Experiment:
         for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
             check_whole(checkpoint)
 
-        self.schedule = instantiate(config.schedule)
-        self.importance = instantiate(config.importance)
-        self.granularity = instantiate(config.granularity) if config.granularity else None
-        self.costs = instantiate(config.costs) if config.costs else None
+        if config.dense.cache is not None:
+            check_cache(config.dense.cache)
+        self.schedule, self.importance, self.granularity, self.costs, masking = (
+            build(config, key)
+            for key in ("schedule", "importance", "granularity", "costs", "masking")
+        )
         self.plan, clock = self._lay_plan()
-        self.logger: Logger | None = instantiate(config.logger) if config.logger else None
+        self.logger: Logger | None = build(config, "logger")
+        trainer = check_trainer(config.trainer)
         L.seed_everything(config.seed, verbose=False)
         with self._timed("data"):
-            self.data = instantiate(config.data)
-            self.data.prepare_data()
-            self.data.setup("fit")
-        self.network: nn.Module = instantiate(config.model)(
-            num_classes=self.data.num_classes, in_channels=self.data.image_shape[0]
-        )
+            self.data = build_data(config.data, trainer)
+        self.network = build_network(config.model, self.data)
         if config.dense.weights is not None:
             load_weights(self.network, config.dense.weights)
+        node: Any = OmegaConf.to_container(config.model, resolve=True)
+        self.description = describe(node, self.data)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
         self.scope: Any = config.pruning.scope
         if OmegaConf.is_config(self.scope):
             self.scope = OmegaConf.to_container(self.scope)
-        masking = instantiate(config.masking)
         granularity = self.granularity
         if isinstance(granularity, Channels) and granularity.example_input is None:
             granularity = Channels(self._example())
@@ -144,6 +158,8 @@ class Experiment:
             rewind=config.pruning.rewind,
             optimizer_state=config.pruning.optimizer_state,
         )
+        with building("optimizer"):
+            instantiate(config.optimizer)(self.network.parameters())
         # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
@@ -186,12 +202,13 @@ class Experiment:
         with self._timed("test"):
             _log.info("Testing the dense and the pruned network")
             dense_accuracies, _ = self._evaluate(dense)
-            accuracies, per_class = self._evaluate(self.network)
+            accuracies, tested = self._evaluate(self.network)
         self._log_tests(dense_accuracies, accuracies)
-        save_network(self.network, self.folder / "model.safetensors")
+        save_network(self.network, self.folder / "model.safetensors", metadata(self.description))
+        self.example = save_example(self.data, self.folder / "example.png")
         with self._timed("deliver"):
             forms = self._deliver(dense)
-        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, per_class, forms)
+        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, tested, forms)
         write_report(self.folder, facts, rows)
         drop_checkpoints(self.folder)
         return facts
@@ -199,9 +216,11 @@ class Experiment:
     def _dense_phase(self) -> tuple[list[Row], bool]:
         target = self.folder / "checkpoints" / "dense.safetensors"
         config = self.config.dense
-        if config.cache is None or not config.epochs:
+        if not hasattr(self.data, "fingerprint"):
+            _log.warning("`data` has no fingerprint(): the dense phase is not cached")
+        if config.cache is None or not config.epochs or not hasattr(self.data, "fingerprint"):
             rows = self._train_dense()
-            save_network(self.network, target)
+            save_network(self.network, target, metadata(self.description))
             return rows, False
         cache = Path(config.cache) / f"{self._dense_key()}.safetensors"
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -209,12 +228,16 @@ class Experiment:
         with FileLock(cache.with_suffix(".lock")):
             cached = cache.exists() and self._resume_from("dense") is None
             if cached:
-                _log.info("Dense phase: from the cache, %s", cache)
-                rows = load_network(self.network, cache)
-            else:
+                try:
+                    rows = load_cached(self.network, cache)
+                    _log.info("Dense phase: from the cache, %s", cache)
+                except ValueError as error:
+                    _log.warning("Dense phase: %s; trained anew", error)
+                    cached = False
+            if not cached:
                 rows = self._train_dense()
-                save_network(self.network, cache, rows)
-        save_network(self.network, target)
+                save_cached(self.network, cache, rows)
+        save_network(self.network, target, metadata(self.description))
         return rows, cached
 
     def _train_dense(self) -> list[Row]:
@@ -253,13 +276,13 @@ class Experiment:
         self.seconds[stage], self.step = history.seconds, history.step
         return history.rows
 
-    def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], list[float]]:
+    def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], Any]:
         classifier = self._classifier(network, 1)
         trainer = self._trainer(0, 1, enable_progress_bar=False, logger=False)
         validated = trainer.validate(classifier, datamodule=self.data, verbose=False)[0]
         tested = trainer.test(classifier, datamodule=self.data, verbose=False)[0]
         self.test_batches = int(trainer.num_test_batches[0])
-        return {**validated, **tested}, classifier.test_per_class
+        return {**validated, **tested}, classifier
 
     def _log_tests(self, dense: dict[str, float], final: dict[str, float]) -> None:
         if self.logger is not None:
@@ -278,6 +301,7 @@ class Experiment:
             self.folder,
             batches=settings.batches,
             threads=settings.threads,
+            metadata=metadata(self.description),
         )
 
     # -- parts ------------------------------------------------------------------------------------
@@ -315,7 +339,8 @@ class Experiment:
             "logger": self.logger or False,
             "enable_checkpointing": False,
             # Where there is no terminal its control sequences would be in the way.
-            "enable_progress_bar": self.config.trainer.enable_progress_bar and sys.stdout.isatty(),
+            "enable_progress_bar": sys.stdout.isatty()
+            and self.config.trainer.get("enable_progress_bar", True),
             "default_root_dir": str(self.folder),
         }
         trainer: L.Trainer = instantiate(self.config.trainer, **(settings | overrides))
@@ -340,7 +365,7 @@ class Experiment:
         resolved: Any = OmegaConf.to_container(self.config, resolve=True)
         files = [self.config.dense.weights, self.config.model.get("weights")]
         return provenance.digest(
-            {name: resolved[name] for name in names},
+            provenance.determining({name: resolved[name] for name in names}),
             self.config.dense.epochs,
             [provenance.file_digest(Path(f)) for f in files if f and Path(f).is_file()],
             self.data.fingerprint(),
@@ -361,7 +386,7 @@ class Experiment:
         cached: bool,
         dense: dict[str, float],
         final: dict[str, float],
-        per_class: list[float],
+        tested: Any,
         forms: list[Form],
     ) -> Facts:
         slots = self.selection.slots
@@ -400,10 +425,19 @@ class Experiment:
                 "removed": removed / total,
                 "val_accuracy": final["val_accuracy"],
                 "test_accuracy": final["test_accuracy"],
-                "test_per_class": per_class,
+                "test_per_class": [
+                    accuracy if count else None
+                    for accuracy, count in zip(
+                        tested.test_per_class, tested.test_counts, strict=True
+                    )
+                ],
+                "tested": sum(tested.test_counts),
+                "test_pictures": pictures(self.data.test_dataloader()),
             },
             "size": size(report, self.folder),
             "layers": layers(report),
+            "classifier": self.description,
+            "example": self.example,
             "forms": forms,
             "seconds": self.seconds,
             "frozen": list(self.selection.frozen),

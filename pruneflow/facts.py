@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypedDict
 
+from pruneflow.classifying import Description
 from pruneflow.deploy.forms import Form
 from pruneflow.plan import Plan, pruned_count
 from pruneflow.sparsity import SparsityReport
@@ -46,7 +47,9 @@ class Final(TypedDict):
     removed: float  # fraction of what the target counts: of the weights, or of their costs
     val_accuracy: float
     test_accuracy: float
-    test_per_class: list[float]
+    test_per_class: list[float | None]  # None: no picture of that class was tested
+    tested: int  # pictures, of `test_pictures`
+    test_pictures: int | None  # None: not known
 
 
 class Size(TypedDict):
@@ -95,6 +98,8 @@ class Facts(TypedDict):
     final: Final
     size: Size
     layers: list[Layer]
+    classifier: Description  # what predicting takes beside the weights
+    example: str | None  # the class of example.png; None: there is no such file
     forms: list[Form]  # empty where none were asked for
     seconds: dict[str, float]  # stage -> wall time
     frozen: list[str]  # tensors left out because they do not train

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,9 @@ def write_whole(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file to write; its folder is made when missing.
+
+    Raises:
+        OSError: ENOSPC, if the block fails on a disk that is full: torch and safetensors say less.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -44,6 +49,10 @@ def write_whole(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except Exception as error:
+        if shutil.disk_usage(path.parent).free < 2**16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

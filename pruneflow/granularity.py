@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from pruneflow.channels.coupling import find_coupling
+from pruneflow.channels.coupling import Coupling, find_coupling
 from pruneflow.layer_types import input_dim
-from pruneflow.parameters import Slot, locate
+from pruneflow.parameters import Slot, locate, named_modules
 from pruneflow.running import Example
 from pruneflow.units import Blocks, CoupledChannels, Units
 
@@ -210,9 +210,22 @@ class Channels:
                 "`example_input` must be what the model takes, got None; give "
                 "Channels(example_input), or set `self.example_input_array` in the LightningModule"
             )
-        coupling = find_coupling(model, self.example_input)
+        coupling = _by_plain_names(find_coupling(model, self.example_input), model)
         shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
         return CoupledChannels(coupling, shapes, names)
+
+
+def _by_plain_names(coupling: Coupling, model: nn.Module) -> Coupling:
+    """The coupling by canonical names, as wrappers within the model put others into its graph."""
+    pairs = zip(model.named_modules(), named_modules(model), strict=True)
+    plain = {path: name for (path, _), (name, _) in pairs}
+
+    def renamed(member: tuple[str, int]) -> tuple[str, int]:
+        owner, _, attribute = member[0].rpartition(".")
+        return f"{plain.get(owner, owner)}.{attribute}".lstrip("."), member[1]
+
+    members = {renamed(member): unit for member, unit in coupling.members.items()}
+    return replace(coupling, members=members, writes=frozenset(map(renamed, coupling.writes)))
 
 
 Granularity = NM | Block | Channels

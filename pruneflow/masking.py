@@ -144,6 +144,7 @@ class InPlace:
             del _HOLDERS[parameter][self]
         self._held, self._names = {}, {}
         self._gradient_hooks, self._load_hooks, self._step_hooks = {}, {}, []
+        _let_go(self)
 
     def _hold(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Hold a parameter under a name; returns its bits, which are still to be filled in."""
@@ -312,6 +313,13 @@ class Reparametrize:
             for attribute in order:
                 module._parameters[attribute] = module._parameters.pop(attribute)
         self._slots, self._order, self._handles = {}, {}, []
+        _let_go(self)
+
+
+def _let_go(masking: InPlace | Reparametrize) -> None:
+    """Keep no model alive that is held no longer."""
+    vars(masking).pop("_model", None)
+    vars(masking).pop("_places", None)
 
 
 def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:

@@ -312,9 +312,11 @@ def check_storage(tensors: Mapping[str, Tensor]) -> None:
     shared = []
     places: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
+        if not tensor.numel() or tensor.is_meta:
+            continue
         if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
             shared.append(f"{name} (entries of its own, as `expand` makes them)")
-        elif tensor.numel() and tensor.device.type != "meta":
+        else:
             storage = tensor.untyped_storage().data_ptr()
             places.setdefault((tensor.device, storage), []).append((name, tensor))
     for members in places.values():

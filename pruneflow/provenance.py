@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,42 @@ def machine() -> str:
     if torch.cuda.is_available():
         words.append(torch.cuda.get_device_name())
     return ", ".join(words)
+
+
+# What may differ between two runs of one result, a key or all below it.
+_NO_MATTER = (
+    "task",
+    "checkpoint",
+    "resume",
+    "logger",
+    "deploy",
+    "dense.cache",
+    "data.memory_limit",
+    "data.num_workers",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+)
+
+
+def determining(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Those of some settings that determine what training gives, flat.
+
+    Args:
+        settings: Nested mappings of builtins.
+        prefix: Of the keys, with its dot.
+
+    Example:
+        >>> determining({"seed": 1, "deploy": {"threads": 2}, "dense": {"cache": "x", "epochs": 3}})
+        {'seed': 1, 'dense.epochs': 3}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if key not in _NO_MATTER:
+            flat |= determining(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def digest(*facts: Any) -> str:

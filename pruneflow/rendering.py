@@ -14,17 +14,18 @@ from html import escape
 
 @dataclass(frozen=True)
 class Section:
-    """A title with any of a note, a table and plots (file stem -> what it shows)."""
+    """A title with any of Python code, a table, plots (file stem -> what it shows) and a note."""
 
     title: str
     note: str = ""
+    code: str = ""
     header: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     plots: tuple[tuple[str, str], ...] = ()
 
     def numeric(self, column: int) -> bool:
         """Whether a column holds figures, which are set flush right."""
-        return column > 0 and all(re.match(r"[\d−–]|$", row[column]) for row in self.rows)
+        return column > 0 and all(re.match(r"[\d−–≈]|$", row[column]) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Document:
     verdict: str
     explanation: str
     reached: bool
+    warning: str  # what limits all that follows; empty where nothing does
     sections: tuple[Section, ...]
 
 
@@ -69,8 +71,12 @@ def markdown(document: Document) -> str:
     """The document as Markdown; plots are linked as `plots/<stem>.png`."""
     lines = [f"# {_markdown_cell(document.title)}", ""]
     lines += [f"**{document.verdict}** {_markdown_cell(document.explanation)}", ""]
+    if document.warning:
+        lines += [f"> {_markdown_cell(document.warning)}", ""]
     for section in document.sections:
         lines += [f"## {section.title}", ""]
+        if section.code:
+            lines += ["```python", section.code, "```", ""]
         if section.rows:
             lines += [*_markdown_table(section), ""]
         for stem, caption in section.plots:
@@ -93,6 +99,8 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }
   border-left: .3rem solid var(--good); font-size: 1.05rem; }
 .verdict.short { border-color: var(--bad); }
 .verdict.short strong { color: var(--bad); }
+.warning { margin: .8rem 0 0; padding: .8rem 1rem; border: 2px solid var(--bad); }
+pre { background: var(--tint); padding: .8rem 1rem; overflow-x: auto; font-size: .875rem; }
 .note, figcaption { color: var(--soft); font-size: .875rem; }
 .note { margin: .5rem 0 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
@@ -134,6 +142,8 @@ def html(document: Document, images: Mapping[str, bytes]) -> str:
     parts = []
     for section in document.sections:
         parts.append(f"<h2>{escape(section.title)}</h2>")
+        if section.code:
+            parts.append(f"<pre><code>{escape(section.code)}</code></pre>")
         if section.rows:
             parts.append(_html_table(section))
         for stem, caption in section.plots:
@@ -146,6 +156,7 @@ def html(document: Document, images: Mapping[str, bytes]) -> str:
             parts.append(f'<p class="note">{escape(section.note)}</p>')
     mood = "verdict" if document.reached else "verdict short"
     title = escape(document.title)
+    warning = f'<p class="warning">{escape(document.warning)}</p>' if document.warning else ""
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -153,7 +164,7 @@ def html(document: Document, images: Mapping[str, bytes]) -> str:
             f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>",
             f"<h1>{title}</h1>",
             f'<p class="{mood}"><strong>{escape(document.verdict)}</strong> '
-            f"{escape(document.explanation)}</p>",
+            f"{escape(document.explanation)}</p>{warning}",
             *parts,
             "</body>\n</html>\n",
         ]

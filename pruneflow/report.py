@@ -79,7 +79,7 @@ def write_report(
             0), `round`, `sparsity`, `lr` (that of the epoch's first step), `train_loss`,
             `train_accuracy`, `val_loss`, `val_accuracy`; any of them may be None.
     """
-    contents = document(facts)
+    contents = document(facts, _seen_from_here(folder))
     facts_json = json.dumps(_without_nan(facts), indent=2, ensure_ascii=False, allow_nan=False)
     with write_whole(folder / "report.json") as path:
         path.write_text(facts_json + "\n", encoding="utf-8")
@@ -94,16 +94,23 @@ def write_report(
         path.write_text(html(contents, images), encoding="utf-8")
 
 
+def _seen_from_here(folder: Path) -> str:
+    """The path of a folder, relative where it lies in the present one."""
+    folder = folder.resolve()
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+
+
 def summary(facts: Facts) -> RichTable:
     """Build the short table, before and after, that a run prints at its end with rich.
 
     Example:
         `rich.print(summary(facts))`
     """
-    contents = document(facts)
-    return _printed(
-        contents.sections[0], contents.title, f"{contents.verdict} {contents.explanation}"
-    )
+    contents = document(facts, ".")
+    said = f"{contents.verdict} {contents.explanation}"
+    caption = "\n".join(filter(None, [said, contents.warning]))
+    return _printed(contents.sections[0], contents.title, caption)
 
 
 def forms_summary(forms: Sequence[Form]) -> RichTable:

@@ -159,7 +159,7 @@ def _fit(saved: Any, present: Any, order: Sequence[int | None], then: int) -> An
     if isinstance(present, deque) and isinstance(saved, list):  # as a checkpoint has it
         return deque(saved, present.maxlen)
     if isinstance(present, np.ndarray) and isinstance(saved, list):
-        return np.asarray(saved)
+        return np.asarray(saved, present.dtype)
     if isinstance(saved, dict) and isinstance(present, dict):
         for key, value in saved.items():
             saved[key] = _fit(value, present.get(key), order, then)
@@ -195,13 +195,8 @@ def _loadable(value: Any, name: str) -> Any:
         return type(value)(parts) if type(value) in (Counter, OrderedDict) else parts
     if isinstance(value, list | tuple | set | deque):
         members = [_loadable(part, f"{name}[{i}]") for i, part in enumerate(value)]
-        return (
-            tuple(members)
-            if isinstance(value, tuple)
-            else set(members)
-            if isinstance(value, set)
-            else members
-        )
+        kind = next((kind for kind in (tuple, set) if isinstance(value, kind)), list)
+        return kind(members)
     raise ValueError(
         "`rewind` must be able to store what schedulers and parameter groups hold: numbers, text, "
         f"tensors and containers of them, got {type(value).__name__} for {name}; leave it out of "

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -531,6 +532,93 @@ def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match="version 4, but 99 came"):
         trainer(PruningCallback(Linear(0.9, 2))).fit(type(model)(), batches, ckpt_path=path)
+
+
+def without(key):
+    return lambda state: state.pop(key)
+
+
+def of(key, value):
+    return lambda state: state.update({key: value})
+
+
+def of_mask(key, value):
+    return lambda state: state["masks"]["body.weight"].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        *(
+            (without(key), f"no `{key}`")
+            for key in ("round", "method", "plan", "costs", "masks", "names", "learning_rate")
+        ),
+        (of("round", 99), "round 99 of a plan of 2 rounds"),
+        (of("round", -1), "-1 for `round`"),
+        (of("round", 1.0), "1.0 for `round`"),
+        (of("round", True), "True for `round`"),
+        (of("round", "1"), "'1' for `round`"),
+        (of("plan", None), "round 1 of a plan of 0 rounds"),
+        (of("plan", {"unit": "epoch"}), "for `plan`"),
+        (of("plan", {"unit": "day", "rounds": []}), "for `plan`"),
+        (of("plan", {"unit": "epoch", "rounds": [[0, 0.45], [1]]}), "for `plan`"),
+        (of("plan", {"unit": "epoch", "rounds": [[0, 0.45], [1, "0.9"]]}), "for `plan`"),
+        (of("masks", {}), "no masks at round 1; no mask for 'body.weight'"),
+        (of("masks", None), "None for `masks`"),
+        (of("masks", []), "for `masks`"),
+        (without("masks"), "no `masks`"),
+        (lambda state: state["masks"].pop("head.weight"), "no mask for 'head.weight'"),
+        (
+            lambda state: state["masks"].update(other=state["masks"]["head.weight"]),
+            "a mask for 'other', which the model does not have",
+        ),
+        (
+            of_mask("shape", [20, 50]),
+            "a mask of shape [20, 50] for 'body.weight' of shape [50, 20]",
+        ),
+        (of_mask("shape", "abc"), "for `masks`"),
+        (of_mask("shape", None), "for `masks`"),
+        (of_mask("bits", torch.zeros(3, dtype=torch.uint8)), "for `masks`"),
+        (of_mask("bits", torch.zeros(125)), "for `masks`"),
+        (of_mask("bits", torch.zeros(125, 1, dtype=torch.uint8)), "for `masks`"),
+        (of_mask("bits", [0] * 125), "for `masks`"),
+        (of("names", []), "masks, but no `names`"),
+        (of("names", ["body.weight", 3]), "for `names`"),
+        (of("names", ["body.weight", "tail.weight"]), "no mask for 'tail.weight'"),
+        (of("names", "body.weight"), "for `names`"),
+        (of("method", "magnitude"), "for `method`"),
+        (of("costs", {"body.weight": "1"}), "for `costs`"),
+        (of("learning_rate", None), "no learning rate to go back to at round 1"),
+        (of("learning_rate", {"groups": []}), "for `learning_rate`"),
+        (of("learning_rate", {"groups": [{}], "schedulers": []}), "for `learning_rate`"),
+    ],
+)
+def test_a_state_that_contradicts_itself_is_refused_by_name(
+    model, batches, trainer, tmp_path, damage, said
+):
+    def pruning():
+        return PruningCallback(Linear(0.9, 2), rewind="learning_rate")
+
+    path = tmp_path / "one.ckpt"
+
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(path)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match="below the target"):
+        trainer(pruning(), Save(), max_epochs=2).fit(model, batches)
+    checkpoint = torch.load(path)
+    state = checkpoint["callbacks"]["PruningCallback"]
+    damage(state)
+    torch.save(checkpoint, path)
+    resumed = pruning()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        trainer(resumed, max_epochs=2).fit(type(model)(), batches, ckpt_path=path)
+    assert resumed.round == 0
+    assert resumed.state_dict()["masks"] == {}
 
 
 def test_a_second_fit_holds_the_zeros_and_a_new_model_starts_over(model, batches, trainer):

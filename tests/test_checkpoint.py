@@ -239,6 +239,18 @@ def test_another_fit_starts_over_and_leaves_the_files_of_the_first(
     assert (best.best_model_path, best.best_model_score, best.best_of_rounds) == ("", None, {})
 
 
+@same_folder
+def test_a_state_that_is_not_whole_is_refused_by_name(fit):
+    path = fit(by_epoch()).best_of_rounds[1]
+    checkpoint = torch.load(path)
+    for key, state in checkpoint["callbacks"].items():
+        if key.startswith("SparsityCheckpoint"):
+            del state["best_of_rounds"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="must be whole, got no `best_of_rounds`"):
+        fit(by_epoch(), module=Measured(), ckpt_path=path)
+
+
 def test_another_folder_starts_over(fit, trainer, batches, tmp_path):
     path = fit(by_epoch()).best_of_rounds[1]
     best = SparsityCheckpoint(monitor="val_loss", dirpath=tmp_path / "other")
@@ -407,6 +419,13 @@ def test_nothing_is_said_where_a_validation_follows(fit, kwargs):
     assert bool(fit(by_epoch(), **kwargs).best_model_path) == ("fast_dev_run" not in kwargs)
 
 
+@same_folder
+def test_nothing_is_said_where_the_last_round_was_in_another_fit(fit):
+    pruning = by_epoch()
+    fit(pruning)
+    assert fit(pruning, max_epochs=2).best_model_path
+
+
 class Swapping(torch.optim.SGD):
     """Trains with one set of weights and validates another, as schedule-free optimizers do."""
 
@@ -478,6 +497,19 @@ def test_each_has_the_sparsity_of_its_name_beside_weights_swapped_for_validation
         plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
         assert sparsity(plain) == [0, 0.45, 0.9][round]
     assert sparsity(module) == 0.9
+
+
+@same_folder
+def test_weights_that_come_back_after_training_are_warned_of(fit):
+    class WithEval(Measured):
+        def configure_optimizers(self):
+            optimizer = Swapping(self.parameters(), lr=0.01)
+            optimizer.eval = optimizer.swap
+            return optimizer
+
+    with pytest.warns(UserWarning, match=r"'keep' lets the `eval\(\)` of Swapping bring"):
+        fit(by_epoch(optimizer_state="keep"), module=WithEval(), max_epochs=5)
+    fit(by_epoch(), module=WithEval(), max_epochs=5)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "\u00e4" * 300, "val/" + "y" * 240])

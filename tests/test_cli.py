@@ -15,6 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pruneflow import load_classifier
+from pruneflow.classifying import KEY
+from pruneflow.ends import TARGET_MISSED
 from pruneflow.models import small_cnn
 
 QUICK = (
@@ -38,6 +41,22 @@ class Network(nn.Module):
 
     def forward(self, images):
         return self.used(images)
+"""
+
+FULL_DISK = """
+import collections, shutil, torch
+from pruneflow.cli import main
+
+
+def save(checkpoint, path):
+    path.write_bytes(b"half")
+    usage = collections.namedtuple("usage", "total used free")
+    shutil.disk_usage = lambda folder: usage(9, 9, 0)
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8704 vs 8600")
+
+
+torch.save = save
+main()
 """
 
 COMMAND = (sys.executable, "-m", "pruneflow")
@@ -74,6 +93,7 @@ def test_the_run_folder(finished):
         "checkpoints/dense.safetensors",
         "model.packed",
         "model.safetensors",
+        "example.png",
         "report.json",
         "report.md",
         "report.html",
@@ -146,6 +166,21 @@ def test_the_model_loads_strict_into_the_plain_network_with_exact_zeros(finished
     assert zeros == round(0.98 * weights) == sum(layer["zeros"] for layer in report["layers"])
     remaining = sum(int((p != 0).sum()) for p in network.parameters())
     assert report["size"]["remaining"] == pytest.approx(remaining, abs=2)  # a bias may be zero
+
+
+def test_the_lines_in_the_report_classify_a_picture_in_a_fresh_process(finished):
+    folder, _ = finished
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "report.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) == 3
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    said = re.fullmatch(r"Prediction\(name='(\d)', probability=(0\.\d+|1\.0)\)\n", run.stdout)
+    assert said, run.stdout
+    report = facts(folder)
+    assert report["example"] in report["classifier"]["classes"]
+    assert report["classifier"]["arguments"] == {"width": 32, "num_classes": 10, "in_channels": 1}
+    assert len(report["classifier"]["mean"]) == len(report["classifier"]["std"]) == 1
 
 
 def test_the_report_agrees_with_the_metrics(finished):
@@ -251,14 +286,16 @@ def test_each_stage_has_a_learning_rate_schedule_of_its_own_length(tmp_path):
 
 
 def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):
-    pruneflow(
+    run = pruneflow(
         "dense.epochs=1",
         "pruning.epochs=2200",
         "deploy.batches=[]",
         "+trainer.max_time=00:00:00:04",
         "hydra.run.dir=run",
         cwd=tmp_path,
+        check=False,
     )
+    assert run.returncode == TARGET_MISSED
     report = facts(tmp_path / "run")
     assert 0 < len(report["rounds"]) < 11
     assert "**Target not reached.**" in (tmp_path / "run" / "report.md").read_text()
@@ -306,9 +343,12 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
         f"checkpoint={folder / 'model.packed'}",
         f"dense.weights={folder / 'checkpoints' / 'dense.safetensors'}",
         "deploy.batches=[1,3]",
+        "schedule.target=0.5",
+        "++dense.epochs=3",
         "hydra.run.dir=forms",
         cwd=tmp_path,
     )
+    assert "task=deploy does not read schedule.target=0.5, ++dense.epochs=3\n" in run.stdout
     forms = json.loads((tmp_path / "forms" / "forms.json").read_text())
     names = [form["name"] for form in forms]
     assert names[0] == "dense"
@@ -322,9 +362,70 @@ def test_the_forms_of_a_checkpoint(tmp_path, finished):
         assert set(form["seconds"]) == {"1", "3"}
         assert form["bytes"] > 0 and form["peak_bytes"] > 0
     assert (tmp_path / "forms" / "forms.md").read_text().count("\n") == len(forms) + 2
+    onnx = pytest.importorskip("onnx", reason="needs pip install 'pruneflow[deploy]'")
+    about = facts(folder)["classifier"]
+    exported = onnx.load(tmp_path / "forms" / "shrunk.onnx").metadata_props
+    assert [json.loads(entry.value) for entry in exported if entry.key == KEY] == [about]
+    classifier = load_classifier(tmp_path / "forms")
+    assert classifier.predict(folder / "example.png") == load_classifier(folder).predict(
+        folder / "example.png"
+    )
     for file in ("model.packed", "shrunk.pt2", "shrunk.onnx"):
         assert (tmp_path / "forms" / file).stat().st_size > 0
     assert "What is handed over" in run.stdout
+
+
+def test_weights_of_another_network_are_refused_when_deployed(tmp_path, finished):
+    checkpoint = f"checkpoint={finished[0] / 'model.packed'}"
+    run = pruneflow("task=deploy", checkpoint, "model.width=8", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+
+
+STAGES = {"the dense phase": "Dense phase:", "the rounds": "rounds:", "measuring": "Measuring"}
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "stage", "kill"),
+    [
+        (signal.SIGTERM, 143, "the dense phase", os.kill),
+        (signal.SIGINT, 130, "the rounds", os.kill),
+        (signal.SIGTERM, 143, "measuring", os.kill),
+        (signal.SIGINT, 130, "measuring", os.killpg),  # as Ctrl-C in a terminal does
+    ],
+)
+def test_a_run_that_is_stopped_says_so_and_how_to_go_on(tmp_path, number, status, stage, kill):
+    arguments = ["dense.epochs=40", "trainer.accelerator=cpu", "hydra.run.dir=a run"]
+    if stage != "the dense phase":
+        arguments += ["dense.epochs=1", f"pruning.epochs={1 if stage == 'measuring' else 40}"]
+        arguments += ["schedule=one_shot", "deploy.batches=[1]"]
+    arguments = list({a.partition("=")[0]: a for a in arguments}.values())
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments], cwd=tmp_path, stdout=said, stderr=said, start_new_session=True
+        )
+    deadline = time.monotonic() + 120
+    while STAGES[stage] not in (tmp_path / "said.txt").read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    kill(process.pid, number)
+    assert process.wait(60) == status
+    said = (tmp_path / "said.txt").read_text()
+    command = "Go on with: python -m pruneflow dense.epochs="
+    assert f"stopped by {number.name}. {command}" in said
+    assert "'hydra.run.dir=a run'" in said and "resume=true" in said
+
+
+def test_a_disk_that_is_full_is_called_so(tmp_path):
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    command = [sys.executable, "full.py", *QUICK, "dense.cache=null", "hydra.run.dir=run"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "pruneflow: no space is left on the disk" in run.stderr
+    assert "dense.ckpt" in run.stderr and "resume=true" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not [*tmp_path.rglob("*partial*")]
 
 
 def test_help_and_cfg(tmp_path):
@@ -344,19 +445,40 @@ def test_help_and_cfg(tmp_path):
         (["pruning.exclude=['fc.*']"], "`exclude` pattern 'fc.*' is expected to match"),
         (["pruning.scope=channel"], "`scope` is expected to be"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
-        (["dense.weights=nowhere.pt"], "'nowhere.pt' is expected to be a file"),
+        (
+            ["dense.weights=nowhere.pt"],
+            "`dense.weights` must be a file that is there, got 'nowhere.pt'",
+        ),
         (["importance=ln_structured"], "`scope` is expected to be 'layer' for LnStructured"),
         (["lr_scheduler.warmup_epochs=3"], "`warmup_epochs`"),
         (["classifier.label_smoothing=2"], "`label_smoothing`"),
         (["trainer.limit_val_batches=0"], "`trainer.limit_val_batches`"),
-        (["resume=maybe"], "`resume` is expected to be true or false"),
+        (["resume=maybe"], "`resume` must be true or false"),
+        (["deploy.batches=16"], "; give deploy.batches=[16]"),
+        (["optimizer.lr=abc"], "`optimizer.lr` must be a number"),
+        (
+            ["optimizer.lr=-1"],
+            "Invalid learning rate: -1\n(in `optimizer`; change or leave out opt",
+        ),
+        (
+            ["trainer.accelerator=warp"],
+            "(in `trainer`; change or leave out trainer.accelerator=warp",
+        ),
+        (["granularity=two_of_four", "granularity.n=9"], "(in `granularity`; change or leave out"),
+        (["checkpoint=nowhere.pt"], "`checkpoint` must be a file that is there, got 'nowhere.pt'"),
         (["trainer.devices=2"], "`trainer.devices` is expected to be 1"),
         (["pruning.optimizer_state=forget"], "`optimizer_state` is expected to be"),
         (["recipe=resnet"], "resnet18_cifar10_short"),
         (["task=deploy"], "`checkpoint` is expected to name the pruned weights"),
-        (["task=deploy", "checkpoint=nowhere.pt"], "'nowhere.pt' is expected to be a file"),
-        (["task=deploy", "checkpoint=nowhere.packed"], "'nowhere.packed' is expected to be a file"),
-        (["task=compare"], "`task` is expected to be prune or deploy, but 'compare' came"),
+        (
+            ["task=deploy", "checkpoint=nowhere.pt"],
+            "`checkpoint` must be a file that is there, got 'nowhere.pt'",
+        ),
+        (
+            ["task=deploy", "checkpoint=no.packed"],
+            "`checkpoint` must be a file that is there, got 'no.packed'",
+        ),
+        (["task=compare"], "`task` must be 'prune' or 'deploy', got 'compare'"),
         (["schedule=cubik"], "one_shot"),
         (["pruning.epoch=3"], "pruning.epoch"),
         (["granularity=channels", "schedule.target=0.999"], "where one channel of each layer"),

@@ -1,8 +1,10 @@
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 
 import pytest
 
@@ -88,3 +90,13 @@ def test_sweeps_only_what_nobody_writes_any_more(tmp_path):
         names = {path.name for path in tmp_path.iterdir()}
     assert names == {living.name, ".other.partial.csv", "whole.ckpt", ".hidden.ckpt"}
     sweep(tmp_path / "missing")
+
+
+def test_a_block_that_fails_on_a_full_disk_says_so(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    for free, raised in ((0, OSError), (10**9, RuntimeError)):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: usage(1, 1, free))
+        with pytest.raises(raised) as error, write_whole(tmp_path / "file"):
+            raise RuntimeError("unexpected pos")
+        assert getattr(error.value, "errno", errno.ENOSPC) == errno.ENOSPC
+        assert not [*tmp_path.iterdir()]

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -10,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
-from pruneflow import Pruner, layer_types
+from pruneflow import Channels, Pruner, layer_types
 from pruneflow.parameters import check_storage, locate, select
 
 
@@ -340,3 +342,17 @@ def test_names_are_those_of_the_plain_model_in_any_wrapper(one_process, wrap):
     pruner.hold(other.prune_to(0.75))
     assert pruner.masks.sparsity == 0.75
     pruner.apply_to(model)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, checkpoint_wrapper, within(checkpoint_wrapper)])
+def test_channels_go_by_the_names_of_the_plain_model_too(wrap):
+    torch.manual_seed(0)
+    plain = Named()
+    model = wrap(copy.deepcopy(plain))
+    channels = Channels(torch.zeros(1, 4))
+    masks = [
+        Pruner(network, granularity=channels, optimizers=[]).prune_to(0.5)
+        for network in (plain, model)
+    ]
+    assert list(masks[0]) == list(masks[1])
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -69,6 +70,8 @@ def make_facts(target=0.75, planned=2, run=2):
             "val_accuracy": 0.9281,
             "test_accuracy": 0.9213,
             "test_per_class": [0.9876, 0.8765],
+            "tested": 360,
+            "test_pictures": 360,
         },
         "size": {
             "parameters": 4090,
@@ -85,6 +88,15 @@ def make_facts(target=0.75, planned=2, run=2):
             {"name": name, "shape": list(shape), "weights": math.prod(shape), "zeros": zeros[name]}
             for name, shape in weights.items()
         ],
+        "classifier": {
+            "network": "pruneflow.models.small_cnn",
+            "arguments": {"width": 8, "num_classes": 2, "in_channels": 1},
+            "classes": ["zero", "one"],
+            "image_shape": [1, 8, 8],
+            "mean": [0.5],
+            "std": [0.25],
+        },
+        "example": "one",
         "forms": [],
         "seconds": {"dense": 725.0, "rounds": 3725.0, "test": 1.25},
         "frozen": [],
@@ -227,13 +239,13 @@ def test_what_is_handed_over_is_a_table_of_forms(tmp_path):
     facts = make_facts()
     dense = {"name": "dense", "bytes": 4_000_000, "peak_bytes": 9_000_000, "throughput": 1234.5}
     dense |= {"seconds": {"1": 0.004}, "speedup": {"1": 1.0}, "accuracy": 0.9467, "note": ""}
-    dense |= {"file": None}
+    dense |= {"file": None, "spread": {"1": 0.04}}
     packed = dense | {"name": "packed", "bytes": 80_000, "accuracy": 0.9213}
     markdown, page = write(tmp_path, facts | {"forms": [dense, packed]})
     header, *rows = markdown_tables(markdown)[1]
     assert [header, *rows] == html_tables(page)[1]
     assert header[:4] == ["form", "file, MB", "peak memory, MB", "batch 1, ms"]
-    assert rows[0][:4] == ["dense", "4 (1.00×)", "9 (1.00×)", "4 (1.00×)"]
+    assert rows[0][:4] == ["dense", "4 (1.00×)", "9 (1.00×)", "4 ± 4 % (1.00×)"]
     assert rows[1][1] == "0.08 (50.0×)"
     assert rows[1][5] == "92.13 %"
     assert rows[1][6] == "No gain here in memory or in speed."
@@ -250,6 +262,7 @@ def test_files_are_those_that_were_written(tmp_path):
     assert [row[:2] for row in rows] == [["model.safetensors", "16,888"], ["model.packed", "4,222"]]
     form = {"name": "shrunk", "file": "shrunk.pt2", "bytes": 9_876, "peak_bytes": None}
     form |= {"throughput": None, "accuracy": None, "note": "", "seconds": {}, "speedup": {}}
+    form |= {"spread": {}}
     refused = form | {"name": "shrunk, ONNX Runtime", "file": None, "bytes": None}
     tables = markdown_tables(write(tmp_path, facts | {"forms": [form, refused]})[0])
     assert [row[:2] for row in tables[2][1:]][2:] == [["shrunk.pt2", "9,876"]]
@@ -315,6 +328,77 @@ def test_a_reached_target_is_judged_by_counts_not_by_printed_figures(tmp_path):
     assert "**Target not reached.**" in write(tmp_path, facts)[0]
 
 
+@pytest.mark.parametrize(
+    ("granularity", "why"),
+    [
+        ("Channels()", "since whole channels go, in wide layers 16 at a time"),
+        ("Block(rows=1, columns=16)", "since whole blocks go"),
+        ("weights", "since what goes together goes as a whole"),
+    ],
+)
+@pytest.mark.usefixtures("no_drawing")
+def test_a_target_that_is_exceeded_says_by_how_much_and_why(tmp_path, granularity, why):
+    facts = make_facts(target=0.5)
+    facts["granularity"] = granularity
+    assert "**Target reached.**" in write(tmp_path, facts)[0]
+    facts["layers"][1]["zeros"] += round(0.1265 * 4072)
+    for text in (*write(tmp_path, facts), " ".join(printed_summary(facts).split())):
+        assert "Target exceeded." in text
+        assert f"12.65 points more than the target of 50.00 %, {why}" in text
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_target_in_costs_is_judged_by_them(tmp_path):
+    facts = make_facts(target=0.5) | {"costs": "multiply_adds", "granularity": "Channels()"}
+    for removed, verdict in ((0.5, "reached"), (0.6, "exceeded"), (0.4, "not reached")):
+        facts["final"]["removed"] = removed
+        text = write(tmp_path, facts)[0]
+        assert f"**Target {verdict}.** {100 * removed:.2f} % of the multiply-adds" in text
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_latency_that_is_a_sum_of_prices_is_called_estimated(tmp_path):
+    facts = make_facts() | {"costs": "latency"}
+    markdown, page = write(tmp_path, facts)
+    for text in (markdown, page, " ".join(printed_summary(facts).split())):
+        assert "75.00 % of the estimated latency of prunable weights is gone" in text
+        assert "target: 75.00 % of estimated latency" in text
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_a_part_of_the_test_set_is_named_at_the_top_and_what_it_lacks_has_no_accuracy(tmp_path):
+    facts = make_facts()
+    warning = "Only 64 of 360 test pictures were tested"
+    assert not any(warning in text for text in write(tmp_path, facts))
+    facts["final"] |= {"tested": 64, "test_per_class": [0.5, None]}
+    markdown, page = write(tmp_path, facts)
+    for text in (markdown.split("##")[0], page.split("<h2>")[0], printed_summary(facts)):
+        assert warning in " ".join(text.split())
+    classes = next(t for t in markdown_tables(markdown) if t[0] == ["class", "accuracy"])
+    assert classes[1:] == [["zero", "50.00 %"], ["one", "–"]]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_lines_of_python_show_how_to_use_the_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    markdown, page = write(tmp_path / "run", make_facts())
+    code = "\n".join(
+        [
+            "from pruneflow import load_classifier",
+            "classifier = load_classifier('run')",
+            "print(classifier.predict('run/example.png'))",
+        ]
+    )
+    assert f"```python\n{code}\n```" in markdown
+    assert f"<pre><code>{html.escape(code)}</code></pre>" in page
+    facts = make_facts()
+    facts["classifier"]["network"] = "mine.nets.Network"
+    assert "from mine.nets import Network\n" in write(tmp_path / "run", facts)[0]
+    assert "('run', Network(width=8, num_classes=2, in_channels=1))" in write(Path("run"), facts)[0]
+    facts["classifier"]["mean"] = None
+    assert "```" not in write(tmp_path / "run", facts)[0]
+
+
 @pytest.mark.usefixtures("no_drawing")
 def test_a_target_not_known_ahead(tmp_path):
     facts = make_facts()
@@ -370,7 +454,8 @@ def test_html_escapes_markup(tmp_path):
     assert page.count("&lt;b&gt;&amp;") == 5  # <title>, <h1>, class, layer, frozen
 
 
-def test_a_nan_is_a_gap_and_no_error(tmp_path):
+def test_a_nan_is_a_gap_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # whose name is in the report otherwise
     facts = make_facts()
     facts["dense"]["val_accuracy"] = facts["rounds"][0]["fine_tuned_accuracy"] = math.nan
     markdown, _ = write(tmp_path, facts)

@@ -7,6 +7,7 @@ and forks each of them. What is killed is a real process of its own, by SIGKILL.
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from pruneflow.models import small_cnn
+from pruneflow.run_folder import load_cached
+
 RUNNER = '''
 import functools, gc, importlib, itertools, json, os, shutil, signal, sys
+from pathlib import Path
 import lightning, torch
 import pruneflow.experiment
 from pruneflow.cli import main
@@ -81,9 +86,27 @@ def write_report(original, folder, *args):
     original(folder, *args)
 
 
+def damage(name):
+    """Before some starts: config.yaml of three runs, and the dense cache, each in another way."""
+    if name == "beside them":
+        runs = Path("outputs/digits")
+        texts = {"cut": "data: {root: ", "list": "[1, 2]", "none": None, "text": "a: ${nowhere}"}
+        for folder, text in texts.items():
+            (runs / folder / "checkpoints").mkdir(parents=True)
+            if text is not None:
+                (runs / folder / "config.yaml").write_text(text)
+        (runs / "latin").joinpath("checkpoints").mkdir(parents=True)
+        (runs / "latin" / "config.yaml").write_bytes(b"a: \\xe9\\n")
+    if name == "dense, damaged":
+        (cache,) = Path("outputs/.dense").glob("*.safetensors")
+        contents = bytearray(cache.read_bytes())
+        contents[-5] ^= 1
+        cache.write_bytes(contents)
+
+
 gc.freeze()  # what is imported is not collected anew in each process
 statuses = []
-for number, (folder, arguments, point) in enumerate(json.loads(sys.argv[1])):
+for number, (name, (folder, arguments, point)) in enumerate(json.loads(sys.argv[1])):
     child = os.fork()
     if child == 0:
         output = os.open(f"{number}.txt", os.O_CREAT | os.O_WRONLY)
@@ -91,6 +114,7 @@ for number, (folder, arguments, point) in enumerate(json.loads(sys.argv[1])):
         os.dup2(output, 2)
         os.makedirs(folder, exist_ok=True)
         os.chdir(folder)
+        damage(name)
         sys.argv[1:] = arguments
         if point:
             arm(*point)
@@ -201,6 +225,30 @@ STARTS = {
     "sweep": ("sweep", SWEEP, training_step(6)),
     "sweep again": ("sweep", (*SWEEP, "resume=true"), None),
     "sweep without its folder": ("sweep", ("-m", *SHORT, "resume=true"), None),
+    "other keys that do not matter": (
+        "killed",
+        (*SHORT, "hydra.run.dir=outputs/others/run", "dense.epochs=1"),
+        training_step(1),
+    ),
+    "with other keys": (
+        "killed",
+        (
+            *(*SHORT, "resume=true", "hydra.run.dir=outputs/others/run", "dense.epochs=1"),
+            *("deploy.batches=[1]", "deploy.threads=1", "logger=csv", "data.num_workers=1"),
+            "trainer.enable_progress_bar=true",
+        ),
+        training_step(1),
+    ),
+    "near": ("near", (*SHORT, "seed=3", "hydra.run.dir=outputs/digits/near"), training_step(1)),
+    "far": (
+        "near",
+        (*SHORT, "seed=4", "data.batch_size=4", "hydra.run.dir=outputs/digits/far"),
+        training_step(1),
+    ),
+    "beside them": ("near", (*SHORT, "resume=true"), None),
+    "damaged": ("near", (*SHORT, "resume=true", "hydra.run.dir=outputs/digits/cut"), None),
+    "dense": ("near", (*SHORT, "dense.epochs=1", "hydra.run.dir=dense"), None),
+    "dense, damaged": ("near", (*SHORT, "dense.epochs=1", "hydra.run.dir=dense"), None),
     "to be replaced": (
         "replaced",
         (*SHORT, "hydra.run.dir=run", "seed=1"),
@@ -225,7 +273,7 @@ def starts(tmp_path_factory):
         FileLock(base / "whole" / "used" / ".lock"),
     ):
         runner = subprocess.run(
-            [sys.executable, "runner.py", json.dumps(list(STARTS.values()))],
+            [sys.executable, "runner.py", json.dumps(list(STARTS.items()))],
             cwd=base,
             env={**os.environ, "TMPDIR": elsewhere},
             check=False,
@@ -319,6 +367,49 @@ def test_a_run_of_another_configuration_is_refused_with_what_differs(starts):
     assert status == 1
     assert "`schedule.target` was 0.98 and is 0.5; `trainer.precision` was" in output
     assert "Traceback" not in output
+
+
+def test_what_does_not_change_the_result_may_differ(starts):
+    assert "Resuming the run in" in starts[1]["with other keys"][1]
+
+
+def test_a_run_that_is_nearly_the_same_is_named_with_what_differs(starts):
+    status, output = starts[1]["beside them"]
+    assert status == 0, output
+    said = " ".join(output.split())
+    assert (
+        "no unfinished run of this configuration; the nearest, outputs/digits/near"
+        in said.replace(str(starts[0] / "near") + "/", "")
+    )
+    assert "differs: `seed` was 3 and is 0; `data.seed` was 3 and is 0; set them alike" in said
+    assert "far" not in said
+
+
+@pytest.mark.parametrize("damaged", ["cut", "list", "none", "text", "latin"])
+def test_damaged_folders_are_named_and_passed_over(starts, damaged):
+    output = starts[1]["beside them"][1]
+    assert re.search(rf"passes over \S*/{damaged}: \S*config.yaml is missing or damaged \(", output)
+
+
+def test_a_damaged_folder_that_is_asked_for_is_refused_with_the_remedy(starts):
+    status, output = starts[1]["damaged"]
+    assert status == 1
+    assert re.search(r"cut/config.yaml is missing or damaged \(.*; delete it, and `resume`", output)
+    assert "Traceback" not in output
+
+
+def test_a_damaged_dense_cache_is_named_and_made_anew(starts):
+    base, ends = starts
+    assert ends["dense"][0] == ends["dense, damaged"][0] == 0
+    assert (
+        "is damaged (its contents do not have their digest); trained anew"
+        in ends["dense, damaged"][1]
+    )
+    assert "from the cache" not in ends["dense, damaged"][1]
+    (cache,) = (base / "near" / "outputs" / ".dense").glob("*.safetensors")
+    network = torch.nn.Sequential(torch.nn.Dropout(), small_cnn(10, 1, width=8))
+    history = load_cached(network, cache)
+    assert [row["stage"] for row in history] == ["dense"]
 
 
 def test_a_truncated_checkpoint_is_refused(starts):

@@ -144,6 +144,7 @@ class EpochDraws:
         device: torch.device | str = "cpu",
     ) -> None:
         self._draw = draw
+        self.count = count
         self._batches = -(-count // (batch_size * world_size))
         self._rank, self._world_size = rank, world_size
         self._device = device

@@ -21,7 +21,7 @@ from pruneflow.data.batches import (
     training_draws,
 )
 from pruneflow.data.images import Images, channel_statistics
-from pruneflow.data.splits import stratified_split
+from pruneflow.data.splits import spread, stratified_split
 
 _log = logging.getLogger(__name__)
 
@@ -54,8 +54,9 @@ class ImageData(LightningDataModule):
             for no random crops.
         flip: Mirror half of the training images.
         image_size: Height and width in pixels to resize to; None keeps the images' own size.
-        mean: Of each channel, of pixels in [0, 1]; None measures it on training images.
-        std: Of each channel; None measures it on training images.
+        mean: Of each channel, of pixels in [0, 1]; None measures it on training images, and `setup`
+            puts it here.
+        std: Of each channel; None does the same.
         memory_limit: Bytes that the padded images may take on the device.
         num_workers: Processes that make batches when `memory_limit` is exceeded; None leaves one
             core to the training.
@@ -152,12 +153,14 @@ class ImageData(LightningDataModule):
         mean, std = self._mean_and_std(train.images)
         self._train = AugmentedImages(*train, padding=self.crop_padding, mean=mean, std=std)
         self._test = AugmentedImages(*test, padding=0, mean=mean, std=std)
-        self._test_indices = torch.arange(len(test.labels))
+        self.mean, self.std = mean.tolist(), std.tolist()
+        self._val_order = self.val_indices[spread(train.labels[self.val_indices])]
+        self._test_order = spread(test.labels)
         _log.info(
             "Pictures: %d to train on, %d to validate on, %d to test on",
             len(self.train_indices),
             len(self.val_indices),
-            len(self._test_indices),
+            len(self._test_order),
         )
         self._ready = True
 
@@ -177,13 +180,13 @@ class ImageData(LightningDataModule):
         return self._loader(self._train, draw, len(self.train_indices))
 
     def val_dataloader(self) -> EpochLoader:
-        """The held-out training images, as they are."""
-        draws = fixed_draws(self.val_indices, padding=self.crop_padding)
+        """The held-out training images, as they are; each class is spread over all batches."""
+        draws = fixed_draws(self._val_order, padding=self.crop_padding)
         return self._loader(self._train, lambda epoch: draws, len(draws))
 
     def test_dataloader(self) -> EpochLoader:
-        """The test images, as they are."""
-        draws = fixed_draws(self._test_indices, padding=0)
+        """The test images, as they are; each class is spread over all batches."""
+        draws = fixed_draws(self._test_order, padding=0)
         return self._loader(self._test, lambda epoch: draws, len(draws))
 
     def _loader(

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize as torchvision_resize
+
+
+def pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """A picture as uint8 (channels, height, width).
+
+    Args:
+        image: Of any mode.
+        channels: 1 for grey, 3 for RGB.
+        size: Width and height in pixels. A picture of another size is cropped to this ratio, around
+            its centre, and resized.
+
+    Raises:
+        ValueError: If there are other channels than pictures have.
+
+    Example:
+        >>> pixels(Image.new("RGB", (20, 10), "white"), 1, (8, 8)).shape
+        (1, 8, 8)
+    """
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
+        raise ValueError(f"`channels` must be 1, 3 or 4, got {channels}; give a tensor instead")
+    image = image.convert(modes[channels])
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+    return np.array(image).reshape(size[1], size[0], channels).transpose(2, 0, 1).copy()
 
 
 class ImageFiles:
@@ -34,15 +60,12 @@ class ImageFiles:
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Decode the images at `indices`, int64 (B,), to uint8 (B, 3, H, W)."""
         images = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8)
-        pixels, paths = images.numpy(), [self._paths[index] for index in indices.tolist()]
+        decoded, paths = images.numpy(), [self._paths[index] for index in indices.tolist()]
 
         def decode(rows: Iterable[int]) -> None:
             for row in rows:
                 with Image.open(paths[row]) as file:
-                    image = file.convert("RGB")
-                if image.size != self._size:
-                    image = ImageOps.fit(image, self._size, Image.Resampling.BILINEAR)
-                pixels[row] = np.asarray(image).transpose(2, 0, 1)
+                    decoded[row] = pixels(file, 3, self._size)
 
         threads = torch.get_num_threads()
         if threads == 1:

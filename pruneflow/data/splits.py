@@ -1,4 +1,4 @@
-"""Hold part of a labelled set out, class by class."""
+"""Parts of a labelled set that have each class in proportion."""
 
 from __future__ import annotations
 
@@ -37,3 +37,25 @@ def stratified_split(labels: Tensor, size: float, seed: int) -> tuple[Tensor, Te
     held_out = torch.zeros(total, dtype=torch.bool)
     held_out[by_class[(torch.arange(count) * total + total // 2) // count]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def spread(labels: Tensor) -> Tensor:
+    """An order in which the first so many images, however many, have each class in proportion.
+
+    Args:
+        labels: int64 (N,).
+
+    Returns:
+        All indices of `labels`, int64; within a class they are shuffled, always alike.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
+        >>> labels[spread(labels)].tolist()
+        [0, 1, 0, 0, 1, 0]
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    counts = labels.bincount()
+    first, own = counts.cumsum(0) - counts, labels[by_class]
+    place = (torch.arange(len(labels)) - first[own] + 0.5) / counts[own]  # in its class, in (0, 1)
+    return by_class[place.argsort(stable=True)]

@@ -29,6 +29,8 @@ _SECONDS = 20.0  # for all forms at one batch size, unless the fewest turns take
 # Seconds of a turn: without work, with what is not timed, and timed; shorter runs are repeated.
 # ONNX Runtime's threads go on spinning for 30 ms, and whoever comes next would be the slower.
 _REST, _WARM_UP, _BURST = 0.04, 0.015, 0.015
+# Times that spread by more are noisy: measured again, this often at most, and else marked.
+_NOISY, _MOST_TRIES = 0.1, 3
 # What counts as a gain: bytes, peaks and times differ by a little anyhow.
 _SMALLER, _LIGHTER, _FASTER = 0.99, 0.95, 1.05
 _MISSING = "–"
@@ -42,6 +44,7 @@ class Form(TypedDict):
     bytes: int | None  # of its file
     peak_bytes: int | None  # of memory, while it runs the largest batch
     seconds: dict[str, float]  # batch size -> median time of a run
+    spread: dict[str, float]  # batch size -> half the interquartile range of that / its median
     speedup: dict[str, float]  # batch size -> median over the turns of dense in PyTorch / this
     throughput: float | None  # samples a second, at the best batch size
     accuracy: float | None  # what `evaluate` says of this very form
@@ -105,7 +108,7 @@ def measure_forms(
             builder = Builder(dense, pruned, example, Path(folder), Path(scratch), layout)
             built, notes = builder.build()
             runs = {name: form.run for name, form in built.items()}
-            times = {size: _take_turns(runs, batch) for size, batch in inputs.items()}
+            times = {size: _calmest_turns(runs, batch) for size, batch in inputs.items()}
             forms = []
             for name, note in notes.items():
                 form = _form(name, note)
@@ -127,7 +130,9 @@ def measure_forms(
 def table(forms: Sequence[Form]) -> list[tuple[str, ...]]:
     """Put forms into a table of text.
 
-    In brackets stands dense in PyTorch divided by this form: more than 1 is better. A form that is
+    Of the times of a run stands the median, and after ± half of their interquartile range; where it
+    is more than a tenth, the time and all ratios that it enters into have a ≈ before them. In
+    brackets stands dense in PyTorch divided by this form: more than 1 is better. A form that is
     not smaller than dense, in its file or in memory, or not 1.05 times as fast as the fastest dense
     form at a batch size, is told to be no gain there.
 
@@ -149,18 +154,39 @@ def table(forms: Sequence[Form]) -> list[tuple[str, ...]]:
             form["name"],
             *(_megabytes(form[key], dense[key]) for key in ("bytes", "peak_bytes")),
             *(
-                f"{_figure(1000 * form['seconds'][batch])} ({_ratio(form['speedup'][batch])})"
-                if batch in form["seconds"]
-                else _MISSING
+                _time(form, dense, batch) if batch in form["seconds"] else _MISSING
                 for batch in batches
             ),
-            _MISSING if form["throughput"] is None else f"{form['throughput']:,.0f}",
+            _samples(form),
             _MISSING if form["accuracy"] is None else f"{100 * form['accuracy']:.2f} %",
             " ".join(filter(None, (form["note"], _no_gain(form, forms)))),
         )
         for form in forms
     ]
     return [header, *rows]
+
+
+def _time(form: Form, dense: Form, batch: str) -> str:
+    """Format a time with its spread and its ratio to that of dense.
+
+    Example:
+        >>> dense = {**_form("dense", ""), "seconds": {"1": 0.003}, "spread": {"1": 0.02}}
+        >>> noisy = {"seconds": {"1": 0.001}, "speedup": {"1": 3.0}, "spread": {"1": 0.3}}
+        >>> _time({**dense, "speedup": {"1": 1.0}}, dense, "1")
+        '3 ± 2 % (1.00×)'
+        >>> _time({**dense, **noisy}, dense, "1")
+        '≈1 ± 30 % (≈3.00×)'
+    """
+    own, reference = ("≈" if f["spread"][batch] > _NOISY else "" for f in (form, dense))
+    time = f"{own}{_figure(1000 * form['seconds'][batch])} ± {100 * form['spread'][batch]:.0f} %"
+    return f"{time} ({own or reference}{_ratio(form['speedup'][batch])})"
+
+
+def _samples(form: Form) -> str:
+    if form["throughput"] is None:
+        return _MISSING
+    noisy = any(spread > _NOISY for spread in form["spread"].values())
+    return f"{'≈' if noisy else ''}{form['throughput']:,.0f}"
 
 
 def markdown(forms: Sequence[Form]) -> str:
@@ -191,6 +217,7 @@ def _form(name: str, note: str) -> Form:
         "bytes": None,
         "peak_bytes": None,
         "seconds": {},
+        "spread": {},
         "speedup": {},
         "throughput": None,
         "accuracy": None,
@@ -235,6 +262,29 @@ def _take_turns(
     return times
 
 
+def _calmest_turns(runs: Mapping[str, Run], batch: Tensor) -> dict[str, list[float]]:
+    """Take turns, and again while what else the machine does makes them noisy and time is left."""
+    began, tries = time.perf_counter(), list[tuple[float, dict[str, list[float]]]]()
+    while True:
+        times = _take_turns(runs, batch)
+        tries.append((max(map(_spread, times.values())), times))
+        worst, calmest = min(tries, key=lambda found: found[0])
+        passed = time.perf_counter() - began
+        if worst <= _NOISY or len(tries) == _MOST_TRIES or passed > _SECONDS:
+            return calmest
+
+
+def _spread(samples: Sequence[float]) -> float:
+    """Half the interquartile range, relative to the median.
+
+    Example:
+        >>> _spread([1.0, 2.0, 2.0, 2.0, 9.0]), _spread([1.0, 2.0, 3.0])
+        (0.0, 0.25)
+    """
+    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return (third - first) / 2 / median
+
+
 def _seconds(run: Run, batch: Tensor, least: float) -> float:
     """The mean time of as many runs as take `least` seconds, and of one at least."""
     count, began = 0, time.perf_counter()
@@ -250,6 +300,7 @@ def _add_times(form: Form, times: Mapping[int, Mapping[str, Sequence[float]]]) -
     for size, samples in times.items():
         own = samples[form["name"]]
         form["seconds"][str(size)] = statistics.median(own)
+        form["spread"][str(size)] = _spread(own)
         form["speedup"][str(size)] = statistics.median(
             one / other for one, other in zip(samples["dense"], own, strict=True)
         )

@@ -4,7 +4,7 @@ Entries whose bits are all zero are pruned; everything else, -0.0 and NaN includ
 for bit. A packed file is a safetensors file, so whatever reads those opens it. It holds
 
 - metadata with one key, `pruneflow.packed`: JSON with `version` (1), `index_bytes` before
-  compression and `index_crc32`;
+  compression, `index_crc32` and, if there is any, `metadata` of the caller;
 - `index`, uint8: one zstd frame of JSON, a list with one object for each tensor, in their order;
 - `data`, uint8: the streams of all tensors, one after the other.
 
@@ -91,6 +91,7 @@ def save_packed(
     path: str | Path,
     *,
     values: Literal["same", "float16"] = "same",
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write a `state_dict` with its pruned weights left out, whole or not at all.
 
@@ -104,6 +105,7 @@ def save_packed(
             float64 tensors of two or more dimensions, which come back in their own dtype. All
             other tensors, and those with a survivor that would become infinite, NaN or zero, keep
             every bit; `inspect_packed` tells which.
+        metadata: Texts to keep in the file, in its own metadata, below `metadata`.
 
     Returns:
         The bytes written.
@@ -141,7 +143,13 @@ def save_packed(
         start += len(blob)
     listed = json.dumps([vars(entry) for entry in entries], separators=(",", ":")).encode()
     index = zstandard.ZstdCompressor(level=9).compress(listed)
-    about = {"version": VERSION, "index_bytes": len(listed), "index_crc32": zlib.crc32(index)}
+    about: dict[str, Any] = {
+        "version": VERSION,
+        "index_bytes": len(listed),
+        "index_crc32": zlib.crc32(index),
+    }
+    if metadata:
+        about["metadata"] = dict(metadata)
     contents = {
         "index": np.frombuffer(index, np.uint8),
         "data": np.frombuffer(b"".join(blobs), np.uint8),

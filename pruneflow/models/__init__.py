@@ -2,12 +2,13 @@
 
 from pruneflow.models.classifier import Classifier
 from pruneflow.models.lr_schedules import constant, cosine, multistep, one_cycle
-from pruneflow.models.networks import load_weights, small_cnn, torchvision_model
+from pruneflow.models.networks import load_state, load_weights, small_cnn, torchvision_model
 
 __all__ = [
     "Classifier",
     "constant",
     "cosine",
+    "load_state",
     "load_weights",
     "multistep",
     "one_cycle",

@@ -36,10 +36,12 @@ class Classifier(LightningModule):
             convolutions on GPUs in 16 bits prefer.
 
     Attributes:
-        test_per_class: Accuracy in each class, in [0, 1], after a test.
+        test_per_class: Accuracy in each class, in [0, 1], after a test; 0 where nothing was tested.
+        test_counts: How many images of each class were tested.
     """
 
     test_per_class: list[float]
+    test_counts: list[int]
 
     def __init__(
         self,
@@ -102,6 +104,8 @@ class Classifier(LightningModule):
         """Log the test and keep the accuracy in each class."""
         values = self._test.compute()
         self.test_per_class = values.pop("test_per_class").tolist()
+        counted: Any = self._test["per_class"]
+        self.test_counts = (counted.tp + counted.fn).tolist()
         self.log_dict(values, sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import logging
 import pickle
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,16 +134,38 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
     Args:
         network: The network.
-        path: A safetensors file, a `state_dict` saved by torch, or a Lightning checkpoint whose
-            module holds the network under one name, such as `network.` or `model.`.
+        path: A safetensors file, or what `torch.save` wrote: a `state_dict`, a Lightning
+            checkpoint, or a dict that holds one. The network may lie anywhere in it: of all names
+            those after one prefix count, such as `net.` or `model.module.`.
 
     Raises:
         ValueError: If there is no such file, or its tensors are not those of the network.
     """
     if not Path(path).is_file():
         raise ValueError(f"`weights`={str(path)!r} is expected to be a file; check the path")
+    load_state(network, _read_file(Path(path)), str(path))
+
+
+def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load tensors into a network, from under a prefix of their names where that makes them fit.
+
+    Args:
+        network: The network.
+        state: Name -> tensor.
+        source: Where they come from, for errors.
+
+    Raises:
+        ValueError: If they are not those of the network.
+
+    Example:
+        >>> network = nn.Linear(2, 1)
+        >>> load_state(network, {"net.weight": torch.ones(1, 2), "net.bias": torch.ones(1)}, "here")
+        >>> network.bias
+        Parameter containing:
+        tensor([1.], requires_grad=True)
+    """
     # No number of classes is 0: a last layer of another shape is refused too.
-    _load(network, _read_file(Path(path)), str(path), num_classes=0)
+    _load(network, state, source, num_classes=0)
 
 
 # What `torch.load` raises for files that are damaged, foreign, or hold other objects.
@@ -152,17 +176,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(_tensors(state.get("state_dict", state)))
     except (*_UNREADABLE, SafetensorError) as error:
         raise ValueError(
             f"`weights`={str(path)!r} is expected to hold a state_dict, but it is no such file or "
             "holds other objects, which are not unpickled; save network.state_dict()"
         ) from error
-    prefixes = {key.partition(".")[0] for key in state}
-    if prefixes in ({"network"}, {"model"}):
-        return {key.partition(".")[2]: value for key, value in state.items()}
-    return state
+
+
+def _tensors(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value, f"{prefix}{key}.")
 
 
 def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
@@ -180,27 +208,57 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
     return downloaded
 
 
-def _load(network: nn.Module, state: dict[str, Tensor], weights: str, num_classes: int) -> None:
+def _load(network: nn.Module, state: Mapping[str, Tensor], weights: str, num_classes: int) -> None:
     """Load `state`, but for a last layer that differs in the number of classes alone."""
     own = network.state_dict()
+    state = _below_prefix(state, own.keys(), weights)
     head = [
         key
-        for key in own.keys() & state.keys()
+        for key in own
         if own[key].shape != state[key].shape
         and own[key].shape[0] == num_classes
         and own[key].shape[1:] == state[key].shape[1:]
     ]
-    wrong = sorted(own.keys() ^ state.keys()) + [
+    wrong = [
         f"{key} of shape {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
         for key in own
-        if key in state and own[key].shape != state[key].shape and key not in head
+        if own[key].shape != state[key].shape and key not in head
     ]
     if wrong:
         raise ValueError(
             f"`weights`={weights!r} is expected to fit the network, but {len(wrong)} tensors are "
-            f"missing, unknown or of another shape: {', '.join(wrong[:4])}; check `name`, `stem` "
-            "and `in_channels`"
+            f"of another shape: {', '.join(wrong[:4])}; check `name`, `stem` and `in_channels`"
         )
     if head:
         _log.warning("`weights`=%s: %s differ in classes and start afresh", weights, sorted(head))
     network.load_state_dict({**state, **{key: own[key] for key in head}})
+
+
+def _below_prefix(
+    state: Mapping[str, Tensor], wanted: Collection[str], weights: str
+) -> dict[str, Tensor]:
+    """The tensors with the wanted names, as they are or after one prefix that all of them have."""
+    prefixes = {""} | {key[: dot.end()] for key in state for dot in re.finditer(r"\.", key)}
+    parts = {
+        prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        for prefix in sorted(prefixes)
+    }
+    fitting = [prefix for prefix, part in parts.items() if part.keys() == set(wanted)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"`weights`={weights!r} must hold the network once, got it under each of "
+            f"{', '.join(fitting)}; save the one that is meant"
+        )
+    if not fitting:
+        nearest = max(parts.values(), key=lambda part: len(part.keys() & set(wanted)))
+        raise ValueError(
+            f"`weights`={weights!r} must hold the tensors of the network, which are "
+            f"{_some(wanted)}, got {_some(state)}; missing: {_some(set(wanted) - nearest.keys())}; "
+            f"unknown: {_some(nearest.keys() - set(wanted))}; check which network it was saved of"
+        )
+    return parts[fitting[0]]
+
+
+def _some(names: Collection[str], most: int = 4) -> str:
+    shown = ", ".join(sorted(names)[:most]) or "none"
+    return f"{shown}, ... ({len(names)})" if len(names) > most else shown

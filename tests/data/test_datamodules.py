@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 
 from pruneflow.data import CIFAR10, Digits, ImageFolder
+from pruneflow.data.splits import spread
 
 
 def ready(data):
@@ -180,8 +181,23 @@ def test_a_folder_is_read_as_pil_reads_it(tree):
     ((images, targets),) = data.test_dataloader()
     files = [tree / "test" / name / f"{k}.png" for name in data.classes for k in range(3)]
     expected = np.stack([np.asarray(Image.open(file)) for file in files]).transpose(0, 3, 1, 2)
-    assert torch.equal((images * 255).round().byte(), torch.from_numpy(expected))
-    assert targets.tolist() == [0, 0, 0, 1, 1, 1]
+    order = spread(torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert torch.equal((images * 255).round().byte(), torch.from_numpy(expected)[order])
+    assert targets.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_each_first_part_of_the_test_and_validation_sets_has_every_class(tree):
+    data = ready(ImageFolder(tree, val_size=4, batch_size=2))
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        for _, targets in loader:
+            assert targets.tolist() == [0, 1]
+
+
+def test_mean_and_deviation_that_were_measured_can_be_read():
+    data = Digits(std=[0.5])
+    assert (data.mean, data.std) == (None, [0.5])
+    ready(data)
+    assert data.std == [0.5] and len(data.mean) == 1 and 0 < data.mean[0] < 1
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

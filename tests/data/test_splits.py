@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pruneflow.data.splits import stratified_split
+from pruneflow.data.splits import spread, stratified_split
 
 LABELS = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[
     torch.randperm(100, generator=torch.Generator().manual_seed(7))
@@ -31,3 +31,15 @@ def test_the_seed_alone_decides():
 def test_holding_out_nothing_or_everything_is_refused(size):
     with pytest.raises(ValueError, match="`val_size` is expected"):
         stratified_split(LABELS, size, seed=0)
+
+
+@pytest.mark.parametrize("counts", [[10, 10], [1, 99], [3, 0, 7], [5], [30, 20, 10, 1]])
+def test_every_first_part_of_a_spread_order_has_each_class_in_proportion(counts):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    order = spread(labels)
+    assert order.sort().values.tolist() == list(range(len(labels)))
+    for first in range(1, len(labels) + 1):
+        shares = labels[order[:first]].bincount(minlength=len(counts))
+        wanted = torch.tensor(counts) * first / len(labels)
+        assert (shares - wanted).abs().max() <= 1
+    assert torch.equal(order, spread(labels))

@@ -289,6 +289,7 @@ def form(name, size, times, note=""):
         "bytes": size,
         "peak_bytes": size and 2 * size,
         "seconds": seconds,
+        "spread": dict.fromkeys(seconds, 0.02),
         "speedup": {batch: 0.008 / time for batch, time in seconds.items()},
         "throughput": 16 / times[1] if times else None,
         "accuracy": 0.8058 if times else None,
@@ -313,11 +314,11 @@ def test_the_table_says_what_is_a_gain_and_what_is_not():
         *("samples/s", "accuracy", "note"),
     )
     assert rows[1][1:] == (
-        *("44.8 (1.00×)", "89.6 (1.00×)", "8 (1.00×)", "8 (1.00×)"),
+        *("44.8 (1.00×)", "89.6 (1.00×)", "8 ± 2 % (1.00×)", "8 ± 2 % (1.00×)"),
         *("2,000", "80.58 %", ""),
     )
     assert rows[6][1:] == (
-        *("1.12 (40.0×)", "2.24 (40.0×)", "0.5 (16.0×)", "2 (4.00×)"),
+        *("1.12 (40.0×)", "2.24 (40.0×)", "0.5 ± 2 % (16.0×)", "2 ± 2 % (4.00×)"),
         *("8,000", "80.58 %", "said."),
     )
     assert rows[7][1:] == (*["–"] * 6, "needs pip install 'pruneflow[deploy]'")
@@ -327,6 +328,36 @@ def test_the_table_says_what_is_a_gain_and_what_is_not():
         "No gain here in speed.",
         "No gain here in speed at batch 1.",
     ]
+
+
+def test_noisy_times_and_the_ratios_they_enter_into_are_marked():
+    dense, packed = (form(name, 1000, (0.008, 0.008)) for name in ("dense", "packed"))
+    packed["spread"]["1"], dense["spread"]["16"] = 0.3, 0.11
+    (dense_cells, packed_cells) = ([row[3], row[4], row[5]] for row in table([dense, packed])[1:])
+    assert dense_cells == ["8 ± 2 % (1.00×)", "≈8 ± 11 % (≈1.00×)", "≈2,000"]
+    assert packed_cells == ["≈8 ± 30 % (≈1.00×)", "8 ± 2 % (≈1.00×)", "≈2,000"]
+
+
+class Wavering:
+    """A run that takes longer in every second burst, as long as it is disturbed."""
+
+    def __init__(self, disturbed):
+        self.disturbed, self.bursts = disturbed, 0
+
+    def __call__(self, run, batch, least):
+        if least:
+            self.bursts += 1
+        return 1.0 if self.bursts > self.disturbed else 1.0 + self.bursts % 4
+
+
+@pytest.mark.parametrize(("disturbed", "tries", "noisy"), [(0, 1, 0), (14, 2, 0), (10**6, 3, 1)])
+def test_noisy_times_are_measured_again_but_not_for_ever(monkeypatch, disturbed, tries, noisy):
+    wavering = Wavering(disturbed)
+    monkeypatch.setattr(forms, "_seconds", wavering)
+    monkeypatch.setattr(forms, "_REST", 0)
+    times = forms._calmest_turns({"dense": lambda batch: batch}, torch.ones(1))
+    assert wavering.bursts == tries * 2 * forms._MOST_TURNS
+    assert (forms._spread(times["dense"]) > forms._NOISY) == noisy
 
 
 def test_markdown_holds_the_cells_of_the_table():

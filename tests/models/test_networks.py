@@ -95,13 +95,13 @@ def test_weights_that_do_not_fit_are_refused(saved):
     weights = folder / "weights.pt"
     with pytest.raises(ValueError, match=r"conv1\.weight of shape \(64, 3, 3, 3\), not"):
         torchvision_model("resnet18", 10, weights=weights)
-    with pytest.raises(ValueError, match=r"`weights`.*missing, unknown"):
+    with pytest.raises(ValueError, match=r"missing: layer1.*; unknown: none"):
         torchvision_model("resnet34", 10, stem="cifar", weights=weights)
     with pytest.raises(ValueError, match=r"`weights`.*IMAGENET1K_V1.*'nowhere.pt'"):
         torchvision_model("resnet18", 10, weights="nowhere.pt")
 
 
-@pytest.mark.parametrize("prefix", ["", "network.", "model."])
+@pytest.mark.parametrize("prefix", ["", "network.", "net.", "model.module.", "a.b.c."])
 def test_load_weights_reads_lightning_checkpoints(saved, prefix):
     network, folder = saved
     state = {f"{prefix}{key}": value for key, value in network.state_dict().items()}
@@ -114,6 +114,53 @@ def test_load_weights_reads_lightning_checkpoints(saved, prefix):
         load_weights(torchvision_model("resnet18", 7, stem="cifar"), folder / "last.ckpt")
     with pytest.raises(ValueError, match=r"`weights`='nowhere' is expected to be a file"):
         load_weights(other, "nowhere")
+
+
+FOREIGN = {
+    "a LightningModule that has more than the network": {
+        "state_dict": {"net.weight": 1, "net.bias": 2, "criterion.weight": 3, "ema_decay": 4}
+    },
+    "a training script": {"model": {"weight": 1, "bias": 2}, "optimizer": {"state": {0: {"m": 3}}}},
+    "DataParallel in one": {"model": {"module.weight": 1, "module.bias": 2}, "epoch": 3},
+    "compiled": {"_orig_mod.weight": 1, "_orig_mod.bias": 2},
+}
+
+
+def tensors(node):
+    """A nested dict with a tensor in the place of each number, as long as the number says."""
+    shapes = {1: (1, 3), 2: (1,)}
+    return {
+        key: tensors(value) if isinstance(value, dict) else torch.ones(shapes.get(value, (7,)))
+        for key, value in node.items()
+    }
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_the_network_is_found_wherever_it_lies(tmp_path, kind):
+    torch.save(tensors(FOREIGN[kind]), tmp_path / "last.ckpt")
+    network = nn.Linear(3, 1)
+    load_weights(network, tmp_path / "last.ckpt")
+    assert network.weight.eq(1).all() and network.bias.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"net.weight": 1, "net.bais": 2},
+            r"which are bias, weight, got net.bais, net.weight; missing: bias; unknown: bais;",
+        ),
+        (
+            {"student.weight": 1, "student.bias": 2, "teacher.weight": 1, "teacher.bias": 2},
+            r"must hold the network once, got it under each of student\., teacher\.; save the one",
+        ),
+        ({}, r"got none; missing: bias, weight; unknown: none"),
+    ],
+)
+def test_names_that_came_and_that_are_wanted_are_said(tmp_path, state, message):
+    torch.save(tensors(state), tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_weights(nn.Linear(3, 1), tmp_path / "last.ckpt")
 
 
 def test_pickled_modules_are_not_executed(tmp_path):
