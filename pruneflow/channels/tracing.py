@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pruneflow.parameters import wrapped
 from pruneflow.running import Example, arguments, clone
 
 # `x += y` and the like, and what they are where x cannot be changed, as a number.
@@ -287,6 +288,8 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if wrapped(m) == "_orig_mod":  # by torch.compile, which refuses to be traced
+            return m.get_submodule("_orig_mod")(*args, **kwargs)
         plain = _OPENED.get(type(m))
         if plain is None:
             return super().call_module(m, forward, args, kwargs)
