@@ -19,16 +19,17 @@ from pruneflow.channels.rules import Rule
 from pruneflow.channels.subclasses import LAYERS
 from pruneflow.channels.tracing import Storage
 from pruneflow.parameters import locate
+from pruneflow.processes import unwrap
 from pruneflow.running import Example, call, evaluating, tensors_in
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model itself where torch.compile wraps it.
+    """The model itself where torch.compile or another wrapper is around it.
 
     Raises:
         ValueError: If a mask of `torch.nn.utils.prune` is still on it.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     masked = [name for name, slot in locate(model).items() if slot.reparametrized]
     if masked:
         raise ValueError(

@@ -56,7 +56,8 @@ def find_coupling(model: nn.Module, example_input: Example) -> Coupling:
     used twice, have hooks, or share a tensor. Of a subclass of a layer it is seen what it adds.
 
     Args:
-        model: The model; one of `torch.compile` stands for the model it wraps. It is left as it is.
+        model: The model; a wrapper, as of `torch.compile`, stands for what it wraps. It is left as
+            it is.
         example_input: A batch of what the model takes, on its device.
 
     Raises:

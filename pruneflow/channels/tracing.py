@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pruneflow.channels.subclasses import SubclassTracer, closed_layers, recognise
+from pruneflow.parameters import wrapped
 from pruneflow.running import Example, arguments, clone
 
 # `x += y` and the like, and what they are where x cannot be changed, as a number.
@@ -329,6 +330,8 @@ class _Tracer(SubclassTracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if wrapped(m) == "_orig_mod":  # by torch.compile, which refuses to be traced
+            return m.get_submodule("_orig_mod")(*args, **kwargs)
         plain = _OPENED.get(type(m))
         if plain is None:
             return super().call_module(m, forward, args, kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 
 import torch
@@ -22,7 +21,7 @@ from pruneflow.channels.tracing import (
     tensor_inputs,
     trace,
 )
-from pruneflow.running import Example, device_of, evaluating
+from pruneflow.running import Example, copied, device_of, evaluating
 
 
 def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> nn.Module:
@@ -68,7 +67,7 @@ def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False
     """
     model = plain(model)
     expected = outputs(model, example_input)
-    small = copy.deepcopy(model).eval()
+    small = copied(model).eval()
     with evaluating(small, example_input):
         traced = trace(small, example_input, fixed_size=fixed_size)
     with torch.no_grad(), device_of(model, example_input):

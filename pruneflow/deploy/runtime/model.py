@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import math
 import os
@@ -23,6 +22,7 @@ from pruneflow.deploy.runtime.layers import Network
 from pruneflow.deploy.runtime.lowering import activations, lower
 from pruneflow.deploy.runtime.plans import Call, Machine, Plan
 from pruneflow.deploy.runtime.tuning import Choices, aligned, choose, race
+from pruneflow.running import copied
 
 _TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
 _MOST_ACTIVATIONS = 2**23  # floats for a thread, beyond which several samples at once do not pay
@@ -95,7 +95,7 @@ def sparse_compile(
                 f"`model` is expected to have no hooks, which would not run, but {name!r} has; "
                 "remove them, those of torch.nn.utils.prune with prune.remove or fold_model"
             )
-    dense = copy.deepcopy(model).eval().requires_grad_(False)
+    dense = copied(model).eval().requires_grad_(False)
     network = capture(dense, example_input)
     try:
         kernels = toolchain.load()
