@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pruneflow.parameters import Slot, locate
+from pruneflow.processes import unwrap
 from pruneflow.running import Example, call, evaluating, tensors_in
 from pruneflow.sparsity import COUNTED, multiply_adds_by_weight
 
@@ -66,7 +67,7 @@ def latency(model: nn.Module, example_input: Example, *, repeats: int = 20) -> d
         >>> list(costs), costs["0.weight"] > 0
         (['0.weight'], True)
     """
-    model = getattr(model, "_orig_mod", model)  # hooks would make torch.compile start over
+    model = unwrap(model)  # hooks would make torch.compile start over
     devices = {tensor.device for tensor in tensors_in(example_input) if tensor.is_cuda}
     seconds: dict[nn.Module, list[float]] = defaultdict(list)
     began: dict[nn.Module, float] = {}

@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from pruneflow.files import write_whole
 from pruneflow.history import Row
+from pruneflow.state_dicts import load_safetensors, safetensors_metadata
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -32,8 +33,9 @@ def save_network(network: nn.Module, path: Path, metadata: Mapping[str, str] | N
         path: The file.
         metadata: Texts to keep with it.
     """
+    about = {**safetensors_metadata(network.state_dict()), **(metadata or {})}
     with write_whole(path) as temporary:
-        save_file(_tensors(network), temporary, dict(metadata) if metadata else None)
+        save_file(_tensors(network), temporary, about)
 
 
 def save_cached(network: nn.Module, path: Path, rows: list[Row]) -> None:
@@ -50,10 +52,10 @@ def load_cached(network: nn.Module, path: Path) -> list[Row]:
         ValueError: If the file is damaged; the network is left as it is.
     """
     try:
+        tensors = load_safetensors(path)
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
     if metadata.get("digest") != _digest(tensors, metadata.get("history", "")):
         raise ValueError(f"{path} is damaged (its contents do not have their digest)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +74,19 @@ def call(model: nn.Module, example_input: Example) -> Any:
         ) from error
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model; activations that it keeps, as `weight_norm` does, lose their graph.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.last = layer(torch.ones(1, 2))
+        >>> copied(layer).last.requires_grad
+        False
+    """
+    kept = [part for part in _parts(model) if isinstance(part, Tensor) and not part.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in kept})
+
+
 def clone(value: Any) -> Any:
     """A tensor of its own; anything else as it is."""
     return value.clone() if isinstance(value, Tensor) else value
@@ -116,24 +130,13 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
     kinds: list[tuple[nn.Module, type]] = []
     containers: list[tuple[Any, list[Any]]] = []
     tensors: list[tuple[Tensor, Tensor, Tensor, bool]] = []
-    seen, pending = set(), [model]
-    while pending:
-        value: Any = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            kinds.append((value, type(value)))
-            value = vars(value)
-        if isinstance(value, Tensor):
-            if _is_plain(value):
-                values = value.detach().clone()
-                tensors.append((value, value.data, values, value.requires_grad))
-        elif isinstance(value, dict | list | set | deque):
-            containers.append((value, _contents(value)))
-            pending.extend(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, tuple):
-            pending.extend(value)
+    for part in _parts(model):
+        if isinstance(part, nn.Module):
+            kinds.append((part, type(part)))
+        elif not isinstance(part, Tensor):
+            containers.append((part, _contents(part)))
+        elif _is_plain(part):
+            tensors.append((part, part.data, part.detach().clone(), part.requires_grad))
 
     def put_back() -> None:
         for module, kind in kinds:
@@ -154,6 +157,25 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
                     memory.copy_(values)
 
     return put_back
+
+
+def _parts(model: nn.Module) -> Iterator[Any]:
+    """All modules, containers and tensors that hang on a model, each once."""
+    seen: set[int] = set()
+    pending: list[Any] = [model]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module | Tensor | dict | list | set | deque):
+            yield value
+        if isinstance(value, nn.Module):
+            pending.append(vars(value))
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple | set | deque):
+            pending.extend(value)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruneflow.parameters import Pattern, Slot, locate, select
-from pruneflow.processes import whole
+from pruneflow.processes import unwrap, whole
 from pruneflow.running import Example, call, evaluating
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -217,7 +217,7 @@ def multiply_adds_by_weight(
         >>> multiply_adds_by_weight(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
         (6, {'0.weight': 6.0})
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model, example_input), FlopCounterMode(display=False) as counter:
         torch.backends.mha.set_fastpath_enabled(False)  # which is not counted

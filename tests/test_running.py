@@ -273,3 +273,16 @@ def test_the_sparse_runtime_takes_one_tensor():
         ValueError, match=r"`example_input` must be one tensor, .* got tuple; .*shr"
     ):
         sparse_compile(Several(), (ONE, TWO))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("run", [shrink, sparse_compile])
+def test_models_that_keep_activations_are_copied(run):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    example = torch.randn(2, 4)
+    model[0].last = model(example)
+    torch.testing.assert_close(run(model, example)(example), model(example), rtol=1e-4, atol=1e-5)
+    assert model[0].last.requires_grad
+    if run is shrink:  # hooks are no matter for the sparse runtime
+        nn.utils.weight_norm(model[2])
+        torch.testing.assert_close(run(model, example)(example), model(example))

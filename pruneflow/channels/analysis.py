@@ -16,18 +16,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pruneflow.channels.flow import Flow
 from pruneflow.channels.operations import makes_a_new_tensor, rule_of
 from pruneflow.channels.rules import Rule
+from pruneflow.channels.subclasses import LAYERS
 from pruneflow.channels.tracing import Storage
 from pruneflow.parameters import locate
+from pruneflow.processes import unwrap
 from pruneflow.running import Example, call, evaluating, tensors_in
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model itself where torch.compile wraps it.
+    """The model itself where torch.compile or another wrapper is around it.
 
     Raises:
         ValueError: If a mask of `torch.nn.utils.prune` is still on it.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     masked = [name for name, slot in locate(model).items() if slot.reparametrized]
     if masked:
         raise ValueError(
@@ -35,6 +37,9 @@ def plain(model: nn.Module) -> nn.Module:
             "torch.nn.utils.prune; make them plain with pruneflow.importers.fold_model(model)"
         )
     return model
+
+
+_OF_LAYERS = ("weight", "bias", "running_mean", "running_var")
 
 
 def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
@@ -47,16 +52,15 @@ def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
     places = Counter(id(tensor) for module in model.modules() for tensor in _held(module))
     places.update(id(tensors[name]) for name in nodes if name in tensors)
     modules = {name for name in nodes if name not in tensors}
-    users = {
-        str(node.target): len(node.users) for node in traced.graph.nodes if node.op == "get_attr"
-    }
 
     def alone(name: str) -> bool:
         if name in modules:
             layer = traced.get_submodule(name)
-            held = [tensor for module in layer.modules() for tensor in _held(module)]
-            return all(places[id(tensor)] == 1 for tensor in held)
-        return places[id(tensors[name])] == 2 and users[name] == 1
+            held = dict(_tensors(layer))
+            if type(layer) in LAYERS:  # it may be of a subclass that has more of them
+                held = {own: tensor for own, tensor in held.items() if own in _OF_LAYERS}
+            return all(places[id(tensor)] == 1 for tensor in held.values())
+        return places[id(tensors[name])] == 2
 
     return {name for name, count in nodes.items() if count == 1 and alone(name)}
 
@@ -84,7 +88,7 @@ def analyse(traced: fx.GraphModule, own: set[str], *, fixed_size: bool) -> tuple
     flow = Flow(own, fixed_size=fixed_size)
     rules = []
     for node in traced.graph.nodes:
-        if node.op in ("placeholder", "get_attr") or node in flow.values:
+        if node.op == "placeholder" or node in flow.values:
             continue
         rule = Rule(traced, flow, node)
         if node not in overwritten and node.op != "output":

@@ -53,10 +53,11 @@ def find_coupling(model: nn.Module, example_input: Example) -> Coupling:
     their defaults. What only training uses, as the second head of Inception, is not seen. What
     stays whole: inputs and outputs of the model; what is read by an operation that looks at all
     channels or is not understood, as LayerNorm, attention and `x.view(-1, 512)`; layers that are
-    used twice, have hooks, or share a tensor.
+    used twice, have hooks, or share a tensor. Of a subclass of a layer it is seen what it adds.
 
     Args:
-        model: The model; one of `torch.compile` stands for the model it wraps. It is left as it is.
+        model: The model; a wrapper, as of `torch.compile`, stands for what it wraps. It is left as
+            it is.
         example_input: A batch of what the model takes, on its device.
 
     Raises:
@@ -78,7 +79,7 @@ def find_coupling(model: nn.Module, example_input: Example) -> Coupling:
     """
     model = plain(model)
     with evaluating(model, example_input):
-        traced = trace(model, example_input)
+        traced = trace(model, example_input, fixed_size=True)  # nobody will run it
         flow, rules = analyse(traced, owned(model, traced), fixed_size=False)
         for rule in rules:
             if isinstance(rule, Carried) and rule.has_size_in_code:
@@ -180,8 +181,9 @@ def _dead(model: nn.Module, coupling: Coupling) -> Tensor:
     alive = torch.zeros(coupling.units, dtype=torch.bool)
     parameters = dict(model.named_parameters())
     for (name, dim), unit in coupling.members.items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if name in parameters and isinstance(owner, (*NORMS, _ConvNd, nn.Linear)):
+        path, _, attribute = name.rpartition(".")
+        layer = isinstance(model.get_submodule(path), (*NORMS, _ConvNd, nn.Linear))
+        if layer and attribute in ("weight", "bias") and name in parameters:
             rows = parameters[name].movedim(dim, 0)
             some = (rows != 0).reshape(len(rows), -1).any(1).cpu()
             alive[unit[some & (unit >= 0)]] = True

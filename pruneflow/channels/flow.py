@@ -47,8 +47,10 @@ class Flow:
     def __init__(self, own: set[str], *, fixed_size: bool) -> None:
         self.own, self.fixed_size = own, fixed_size
         self.values: dict[fx.Node, Channels] = {}
+        self.held: dict[fx.Node, Tensor] = {}  # parameters and buffers
         self._parents: list[int] = []
         self._pinned: set[int] = set()
+        self._whole: set[fx.Node] = set()
 
     def new(self, node: fx.Node, dim: int, atoms: Tensor | None = None) -> Channels:
         """Note the channels of a node, of which nothing is known so far.
@@ -72,12 +74,17 @@ class Flow:
     def along(self, node: fx.Node, dim: int) -> Channels | None:
         """The channels of a value along `dim`; None if they are known to lie elsewhere.
 
-        Those of a value that nothing has been noted of all stay.
+        Those of a value that nothing has been noted of all stay, unless it is a parameter or buffer
+        that nobody needs as a whole.
         """
         channels = self.values.get(node)
         if channels is None:
             channels = self.new(node, dim)
-            self.pin(node)
+            if node in self.held:
+                rows = self.held[node].movedim(dim, 0).reshape(len(channels.atoms), -1)
+                channels.known, channels.constant = same_in_rows(rows)
+            if node not in self.held or node in self._whole:
+                self.pin(node)
         return channels if channels.dim == dim else None
 
     def unite(self, groups: Iterable[Sequence[int]]) -> None:
@@ -88,6 +95,8 @@ class Flow:
 
     def pin(self, node: fx.Node, count: int | None = None) -> None:
         """Let all channels of a value stay, or the first few."""
+        if count is None:
+            self._whole.add(node)
         if node in self.values:
             self._pinned.update(self.values[node].atoms[:count].tolist())
 
@@ -133,6 +142,12 @@ class Flow:
             self._parents[atom] = self._parents[self._parents[atom]]
             atom = self._parents[atom]
         return atom
+
+
+def same_in_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row whether all entries are one constant, and that constant; 0 where there is none."""
+    known = (rows == rows[:, :1]).all(1)
+    return known, rows[:, 0] * known
 
 
 def rounded_up(chosen: Tensor, choice: Tensor) -> Tensor:

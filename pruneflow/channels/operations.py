@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from pruneflow.channels.attention import Attention
 from pruneflow.channels.flow import Flow
@@ -17,12 +17,13 @@ from pruneflow.channels.rules import (
     NORMS,
     Carried,
     Concatenated,
+    Held,
     Pointwise,
     Rule,
     Sizes,
     flattens,
 )
-from pruneflow.channels.tracing import tensor_inputs
+from pruneflow.channels.tracing import of_parameters, tensor_inputs
 
 _ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
@@ -36,11 +37,12 @@ SUMS = {operator.add, torch.add, "add"}
 _POINTWISE = {
     *SUMS,
     *(operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.neg),
-    *(torch.sub, torch.mul, torch.neg, torch.clamp, torch.abs),
+    *(torch.sub, torch.mul, torch.neg, torch.clamp, torch.abs, torch.exp, torch.sqrt, torch.rsqrt),
     *(torch.relu, torch.sigmoid, torch.tanh, F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu),
     *(F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh),
     *(F.sigmoid, F.tanh, F.softplus, F.softsign, F.logsigmoid),
     *("add_", "sub", "sub_", "mul", "mul_", "neg", "clamp", "clamp_", "abs"),
+    *("exp", "sqrt", "rsqrt"),
     *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "clone"),
 }
 _SAME = {"contiguous", "detach"}
@@ -60,6 +62,7 @@ _CARRIED = {
     *(torch.permute, torch.transpose, torch.unsqueeze, torch.squeeze, operator.getitem),
     *("mean", "amax", "permute", "transpose", "unsqueeze", "squeeze", "flatten"),
 }
+_RESHAPES = {torch.reshape, "view", "reshape"}
 _SIZES = ("shape", "size", "dim", "ndim", "dtype", "device", "is_cuda")
 # With their batch dimension.
 _DIMENSIONS: dict[type[nn.Module], int] = {
@@ -74,6 +77,8 @@ def rule_of(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule:
     read = node.args[1] if node.target is getattr else node.target
     if node.op != "call_module" and isinstance(read, str) and read in _SIZES:
         return Sizes(traced, flow, node)
+    if node.op == "get_attr" and math.prod(node.meta.get("shape", (0,))):
+        return Held(traced, flow, node)
     if sources and node.op == "call_module":
         return _rule_of_layer(traced, flow, node)
     if sources and node.op in ("call_function", "call_method") and "shape" in node.meta:
@@ -85,7 +90,7 @@ def makes_a_new_tensor(traced: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the result of an operation that is not in place shares no memory with its inputs."""
     if node.op == "call_module":
         kind = type(traced.get_submodule(str(node.target)))
-        return kind in (*_ACTIVATIONS, *NORMS) or issubclass(kind, nn.Linear | _ConvNd)
+        return kind in (*_ACTIVATIONS, *NORMS, nn.Linear, *_DIMENSIONS)
     function = node.op in ("call_function", "call_method")
     return function and (node.target in _POINTWISE or node.target is torch.cat)
 
@@ -93,7 +98,8 @@ def makes_a_new_tensor(traced: fx.GraphModule, node: fx.Node) -> bool:
 def _rule_of_layer(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule:
     module: Any = traced.get_submodule(str(node.target))
     kind, own = type(module), node.target in flow.own
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    own_code = "forward" in vars(module)  # set on this one, as accelerate does
+    hooked = own_code or module._forward_hooks or module._forward_pre_hooks
     if own and not hooked and kind is nn.MultiheadAttention and _can_be_opened(module, node):
         return Attention(traced, flow, node)
     if hooked or "shape" not in node.meta or len(node.args) != 1 or node.kwargs:
@@ -124,7 +130,8 @@ def _rule_of_function(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule
     divides = node.target in _QUOTIENTS and len(sources) == 1 and node.args[0] is sources[0]
     if node.target in _POINTWISE or node.target in _SAME or divides or _is_idle(node):
         return Pointwise(traced, flow, node)
-    if node.target in _CARRIED and len(sources) == 1 and not _pads_with_a_value(node):
+    carries = node.target in _CARRIED or (node.target in _RESHAPES and of_parameters(node))
+    if carries and len(sources) == 1 and not _pads_with_a_value(node):
         zeros = getattr(node.target, "__name__", "").startswith(("avg_pool", "pad"))
         return Carried(traced, flow, node, only_zeros=zeros)
     return Rule(traced, flow, node)

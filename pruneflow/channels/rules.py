@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from pruneflow.channels.flow import Channels, Flow
-from pruneflow.channels.tracing import tensor_inputs
+from pruneflow.channels.flow import Channels, Flow, same_in_rows
+from pruneflow.channels.tracing import of_parameters, tensor_inputs
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -84,7 +84,7 @@ class Sizes(Rule):
         """Let the channels stay whose number is read."""
         source = self.node.all_input_nodes[0]
         channels = self.flow.values.get(source)
-        if channels is not None and self._reads(channels.dim, len(source.meta["shape"])):
+        if channels is None or self._reads(channels.dim, len(source.meta["shape"])):
             self.flow.pin(source)
         return True
 
@@ -113,22 +113,64 @@ def _chosen(dims: range, index: int | slice) -> tuple[int, ...]:
     return tuple(dims[index]) if isinstance(index, slice) else (dims[index],)
 
 
+class Held(Rule):
+    """A parameter or buffer that operations compute with, such as a scale for each channel.
+
+    Of a vector it is clear where its channels lie; of others, as learned positions, whoever takes
+    them says so.
+    """
+
+    def forward(self) -> bool:
+        """Note its values."""
+        node, flow = self.node, self.flow
+        flow.held[node] = attribute_of(self.traced, str(node.target)).detach()
+        if node.target not in flow.own:
+            flow.pin(node)
+        long = [dim for dim, size in enumerate(node.meta["shape"]) if size > 1]
+        if len(long) == 1:
+            flow.along(node, long[0])
+        return True
+
+    def entries(self) -> Iterator[Entries]:
+        """Itself."""
+        if self.node in self.flow.values:
+            channels = self.flow.values[self.node]
+            yield Entries(str(self.node.target), channels.dim, channels)
+
+    def cut(self) -> bool:
+        """Cut it."""
+        channels = self.flow.values.get(self.node)
+        if channels is None or self.flow.kept(channels).all():
+            return False
+        owner, _, attribute = str(self.node.target).rpartition(".")
+        module = self.traced.get_submodule(owner)
+        old = getattr(module, attribute)
+        kept = self.flow.kept(channels).nonzero().flatten()
+        tensor = laid_out_as(old.detach().index_select(channels.dim, kept), old)
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, old.requires_grad)
+        setattr(module, attribute, tensor)
+        return False
+
+
 class Pointwise(Rule):
     """Computes each element from those at the same place, as activations, sums and batch norm do.
 
-    Tensors that belong to the operation (a scale, the statistics of a batch norm) may differ from
-    channel to channel.
+    Tensors that belong to a layer (the statistics of a batch norm) may differ from channel to
+    channel.
     """
 
     def forward(self) -> bool:
         """Tie the channels of all inputs together."""
         flow, node = self.flow, self.node
-        shape = node.meta["shape"]
+        shape, sources = node.meta["shape"], tensor_inputs(node)
+        # A parameter does not say where the channels of what it scales lie.
+        telling = [source for source in sources if not of_parameters(source)] or sources
         dims = {
             channels.dim + len(shape) - len(source.meta["shape"])
-            for source in tensor_inputs(node)
+            for source in telling
             if (channels := flow.values.get(source)) is not None
-            and (len(channels.atoms) > 1 or len(tensor_inputs(node)) == 1)
+            and (len(channels.atoms) > 1 or len(sources) == 1)
         }
         if len(dims) != 1:
             return False
@@ -137,14 +179,11 @@ class Pointwise(Rule):
             return False
         self.operands: list[Channels] = []
         self.broadcast: list[fx.Node] = []
-        self.scales: list[tuple[fx.Node, int]] = []
         self.dim, size = dim, shape[dim]
-        for source in tensor_inputs(node):
+        for source in sources:
             own = dim - len(shape) + len(source.meta["shape"])
             if own < 0 or source.meta["shape"][own] != size:
                 self.broadcast.append(source)
-            elif source.op == "get_attr":
-                self.scales.append((source, own))
             else:
                 channels = flow.along(source, own)
                 if channels is None:
@@ -154,8 +193,6 @@ class Pointwise(Rule):
         result = flow.new(node, dim, self.operands[0].atoms)
         for source in self.broadcast:
             flow.pin(source)
-        if any(source.target not in flow.own for source, _ in self.scales):
-            flow.pin(node)
         self._note_constants(result)
         return True
 
@@ -169,15 +206,13 @@ class Pointwise(Rule):
                 self.flow.values[source].needed |= bool(wanted.any())
 
     def entries(self) -> Iterator[Entries]:
-        """Batch norm's tensors, weights of PReLU, and scales."""
+        """Batch norm's tensors, and weights of PReLU."""
         channels = self.flow.values[self.node]
         for name in self._own():
             yield Entries(f"{self.node.target}.{name}", 0, channels)
-        for source, own in self.scales:
-            yield Entries(str(source.target), own, channels)
 
     def cut(self) -> bool:
-        """Cut the tensors that belong to the operation."""
+        """Cut the tensors that belong to the layer."""
         kept = self.flow.kept(self.flow.values[self.node])
         if kept.all():
             return False
@@ -189,15 +224,7 @@ class Pointwise(Rule):
         for attribute in ("num_features", "num_parameters"):
             if hasattr(self.module, attribute) and self._own():
                 setattr(self.module, attribute, int(kept.sum()))
-        for source, own in self.scales:
-            owner, _, attribute = str(source.target).rpartition(".")
-            module = self.traced.get_submodule(owner)
-            old = getattr(module, attribute)
-            tensor = laid_out_as(old.detach().movedim(own, 0)[kept].movedim(0, own), old)
-            if isinstance(old, nn.Parameter):
-                tensor = nn.Parameter(tensor, old.requires_grad)
-            setattr(module, attribute, tensor)
-        return bool(self.scales)
+        return False
 
     def _own(self) -> list[str]:
         """The layer's tensors that have an entry per channel."""
@@ -215,11 +242,11 @@ class Pointwise(Rule):
         zero = torch.zeros(size, dtype=torch.bool)
         for source in tensor_inputs(self.node):
             ndim = len(source.meta["shape"])
-            if source.op == "get_attr":
-                own_known, constant = self._parameter(source)
-            elif source in self.broadcast:
+            if source in self.broadcast:
                 own_known = torch.zeros(1, dtype=torch.bool)
                 constant = torch.zeros(1, dtype=source.meta["dtype"])
+                if source in self.flow.held:
+                    own_known, constant = same_in_rows(self.flow.held[source].reshape(1, -1))
             else:
                 own_known = self.flow.values[source].known
                 constant = self.flow.values[source].constant
@@ -238,13 +265,6 @@ class Pointwise(Rule):
             value = value.masked_fill(zero, 0)
         result.known = known & value.isfinite()
         result.constant = value.masked_fill(~result.known, 0)
-
-    def _parameter(self, source: fx.Node) -> tuple[Tensor, Tensor]:
-        tensor = attribute_of(self.traced, str(source.target)).detach()
-        own = dict(self.scales).get(source)
-        rows = tensor.reshape(1, -1) if own is None else tensor.movedim(own, 0).flatten(1)
-        rows = rows.reshape(len(rows), -1)
-        return (rows == rows[:, :1]).all(1), rows[:, 0]
 
 
 class Carried(Rule):

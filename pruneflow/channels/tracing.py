@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pruneflow.channels.subclasses import SubclassTracer, closed_layers, recognise
+from pruneflow.parameters import wrapped
 from pruneflow.running import Example, arguments, clone
 
 # `x += y` and the like, and what they are where x cannot be changed, as a number.
@@ -24,17 +26,19 @@ _OPERATORS = {
 }
 
 
-def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
+def trace(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> fx.GraphModule:
     """Record the forward pass of `model` on the arguments that the example has, and no others.
 
-    PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened. Every node whose value is a
-    tensor gets its shape and dtype in `node.meta`. Whoever reads a tensor after it was written in
-    place reads the node that wrote it. Numbers, strings and None among the arguments are those of
-    the example; the graph asserts that.
+    PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened, and so are subclasses of
+    layers, see `recognise`. Every node whose value is a tensor gets its shape and dtype in
+    `node.meta`. Whoever reads a tensor after it was written in place reads the node that wrote it.
+    Numbers, strings and None among the arguments are those of the example; the graph asserts that.
 
     Args:
         model: In evaluation mode. The result shares its layers.
         example_input: What `model` takes; it is not changed.
+        fixed_size: Whether the graph is for inputs of this size alone, so that layers can be opened
+            whose code depends on it.
 
     Raises:
         ValueError: If the model does not take the example, if torch.fx cannot trace the model, or
@@ -45,6 +49,14 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
         >>> [(node.name, node.meta["shape"]) for node in traced.graph.nodes][1:3]
         [('_0', (5, 3)), ('_1', (5, 3))]
     """
+    traced = _traced(model, example_input)
+    closed = closed_layers(traced) if fixed_size else {}
+    return _traced(model, example_input, closed) if closed else traced
+
+
+def _traced(
+    model: nn.Module, example_input: Example, sizes: Mapping[str, Sequence[int]] | None = None
+) -> fx.GraphModule:
     args, kwargs = tree_map(clone, arguments(example_input))
     try:
         given = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -53,7 +65,7 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
             f"`example_input` must be what {type(model).__name__} takes, got {error}; give a "
             "tensor, a tuple of positional arguments or a dict of keyword arguments"
         ) from error
-    tracer = _Tracer(given)
+    tracer = _Tracer(given, sizes)
     try:
         graph = tracer.trace(model)
     except Exception as error:  # tracing runs the model's own code, which can raise anything
@@ -61,7 +73,10 @@ def trace(model: nn.Module, example_input: Example) -> fx.GraphModule:
     for node in reversed(graph.nodes):
         if node.target is operator.getitem and not node.users:  # as of `_` in `x, _ = ...`
             graph.erase_node(node)
+    layers = recognise(model, graph)
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    for name, layer in layers.items():
+        traced.set_submodule(name, layer)
     try:
         _Values(traced, given).note()
         tracer.check_constants()
@@ -94,6 +109,11 @@ def given_tensors(graph: fx.Graph) -> list[fx.Node]:
         if is_part and "shape" not in node.args[0].meta:
             given.add(node)
     return [node for node in graph.nodes if node in given and "shape" in node.meta]
+
+
+def of_parameters(node: fx.Node) -> bool:
+    """Whether a value is computed from parameters and buffers alone."""
+    return node.op == "get_attr" or node.meta.get("of_parameters", False)
 
 
 def is_in_place(node: fx.Node) -> bool:
@@ -208,21 +228,44 @@ for _function in _OPERATORS:
     setattr(_Proxy, f"__{_function.__name__}__", _recording(_function))
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(SubclassTracer):
     """Records arithmetic in place as such, and PyTorch's own layers as a whole.
 
     Args:
         given: The arguments; None for those in the signature, as unpickling a traced model asks.
+        sizes: See `SubclassTracer`.
     """
 
-    def __init__(self, given: inspect.BoundArguments | None = None) -> None:
-        super().__init__()
+    proxy_buffer_attributes = True  # what is computed from them, as FrozenBatchNorm2d does, is seen
+
+    def __init__(
+        self,
+        given: inspect.BoundArguments | None = None,
+        sizes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(sizes)
         self._given = given
         self._made: dict[Tensor, int] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The proxy of a node."""
         return _Proxy(node, self)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Record the forward pass."""
+        buffers = [(module._buffers, module._buffers.copy()) for module in root.modules()]
+        try:
+            graph = super().trace(root, concrete_args)
+            if not any(isinstance(b, fx.Proxy) for held, _ in buffers for b in held.values()):
+                return graph
+        except Exception:  # it is the model's own code
+            pass
+        # It looks at a buffer, or assigns to one, as `self.count += 1` does: they are tensors then.
+        for held, before in buffers:
+            held.update(before)
+        self.proxy_buffer_attributes = False
+        self._made.clear()
+        return super().trace(root, concrete_args)
 
     def create_args_for_root(
         self,
@@ -287,6 +330,8 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        if wrapped(m) == "_orig_mod":  # by torch.compile, which refuses to be traced
+            return m.get_submodule("_orig_mod")(*args, **kwargs)
         plain = _OPENED.get(type(m))
         if plain is None:
             return super().call_module(m, forward, args, kwargs)
@@ -372,6 +417,8 @@ class _Values(fx.Interpreter):
         n.meta["is_its_input"] = len(written) == 1 and result is leaves[written[0]]
         if n.target in _OPERATORS and not written:  # of numbers, which are not changed but replaced
             n.target = _OPERATORS[n.target]
+        sources = n.all_input_nodes
+        n.meta["of_parameters"] = bool(sources) and all(map(of_parameters, sources))
         if n.op == "get_attr":
             self._attributes.append((n, result, _version(result)))
         if isinstance(result, Tensor):

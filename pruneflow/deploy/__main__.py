@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pruneflow.deploy.packed import inspect_packed, load_packed, save_packed
 from pruneflow.files import write_whole
+from pruneflow.state_dicts import load_safetensors, safetensors_metadata
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +66,7 @@ def _read(path: Path, target: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"`target`={str(target)!r} is expected to be another file than `source`")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_safetensors(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there are as many kinds as there are ways to be damaged
         raise ValueError(
@@ -93,7 +94,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
         tied = any(tensor is other for other in apart.values())
         apart[name] = tensor.clone() if tied else tensor
     with write_whole(path) as temporary:
-        save_file(apart, temporary, {"format": "pt"})
+        save_file(apart, temporary, {"format": "pt", **safetensors_metadata(tensors)})
 
 
 def _lines(path: Path) -> list[str]:

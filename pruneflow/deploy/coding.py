@@ -26,6 +26,7 @@ DTYPES = {
 # save: it is to code symbols and little else. benchmarks/packed.py compares this with its levels.
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
 _MOST_TIMES_SMALLER = 2**15  # zstd spends at least 4 bytes on a block of 128 KiB
+_MOST_DIMENSIONS = 64  # of a tensor
 _HALVED = {"float32": np.float32, "float64": np.float64}
 
 
@@ -48,6 +49,52 @@ class Entry:
     def stored(self) -> int:
         """Bytes that are stored of all streams."""
         return sum(stored for _, stored in self.streams)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def words(self) -> int:
+        """How many words the tensor has."""
+        return self.bytes // min(8, DTYPES[self.dtype].itemsize)
+
+    def check(self) -> None:
+        """Refuse what `encode` never makes, before anything is allocated for it.
+
+        Raises:
+            ValueError: Says what is wrong.
+        """
+        name = self.name
+        expect(isinstance(name, str), f"the name {name!r} is no text")
+        shaped = _are_counts(self.shape) and len(self.shape) <= _MOST_DIMENSIONS
+        expect(shaped, f"the shape of {name!r} is none")
+        counts = [self.kept, self.start, self.crc32]
+        expect(_are_counts(counts), f"{name!r} has counts that are none: {counts}")
+        pairs = isinstance(self.streams, list) and all(map(_are_counts, self.streams))
+        pairs = pairs and all(len(pair) == 2 for pair in self.streams)
+        expect(pairs, f"the streams of {name!r} are none")
+        for dtype in (self.dtype, self.values):
+            known = isinstance(dtype, str) and dtype in DTYPES
+            expect(known, f"{dtype!r} is no dtype of this PyTorch")
+        halved = self.positions != "all" and self.dtype in _HALVED and self.values == "float16"
+        expect(halved or self.values == self.dtype, f"{name!r} has values of another dtype")
+        for size, stored in self.streams:
+            fits = stored <= size <= stored * _MOST_TIMES_SMALLER
+            expect(fits, "a stream is too short for what it promises")
+        sizes, planes = [size for size, _ in self.streams], min(8, DTYPES[self.values].itemsize)
+        expect(self.positions in ("all", "gaps", "mask"), f"{self.positions!r} are no positions")
+        where = [] if self.positions == "all" else sizes[:1]
+        expect(len(sizes) == len(where) + planes, "a stream is missing")
+        least, most = {
+            "all": (0, 0),
+            "mask": (-(-self.words // 8),) * 2,
+            "gaps": (self.kept, self.kept + self.words // 255),
+        }[self.positions]
+        same = self.kept == self.words if self.positions == "all" else self.kept <= self.words
+        same = same and all(size == self.kept for size in sizes[len(where) :])
+        expect(same and least <= sum(where) <= most, "values and positions differ in number")
 
 
 def encode(name: str, tensor: Tensor, start: int, *, halve: bool) -> tuple[Entry, bytes]:
@@ -95,9 +142,8 @@ def decode(entry: Entry, stored: bytes) -> Tensor:
     Raises:
         Exception: Of many kinds, if the bytes are not those of the entry, or it contradicts itself.
     """
-    dtype, values = DTYPES[entry.dtype], DTYPES[entry.values]
+    dtype, values, count = DTYPES[entry.dtype], DTYPES[entry.values], entry.words
     width = min(8, dtype.itemsize)
-    count = math.prod(entry.shape) * dtype.itemsize // width
     ends = list(accumulate((length for _, length in entry.streams), initial=0))
     expect(zlib.crc32(stored) == entry.crc32, f"the checksum of {entry.name!r} differs")
     streams = [
@@ -109,7 +155,6 @@ def decode(entry: Entry, stored: bytes) -> Tensor:
     if entry.positions != "all":
         where = {"mask": _from_mask, "gaps": _from_gaps}[entry.positions](streams.pop(0))
         expected = len(where)
-    expect(len(streams) == min(8, values.itemsize), "a stream is missing")
     kept = _joined(streams)
     expect(len(kept) == entry.kept == expected, "values and positions differ in number")
     if values != dtype:
@@ -137,6 +182,10 @@ def expect(condition: bool, otherwise: str) -> None:
     """Raise a ValueError that says `otherwise`, unless the condition holds."""
     if not condition:
         raise ValueError(otherwise)
+
+
+def _are_counts(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
 
 
 def _words(tensor: Tensor) -> Words:

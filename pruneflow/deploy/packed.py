@@ -6,7 +6,9 @@ for bit. A packed file is a safetensors file, so whatever reads those opens it. 
 - metadata with one key, `pruneflow.packed`: JSON with `version` (1), `index_bytes` before
   compression, `index_crc32` and, if there is any, `metadata` of the caller;
 - `index`, uint8: one zstd frame of JSON, a list with one object for each tensor, in their order;
-- `data`, uint8: the streams of all tensors, one after the other.
+- `data`, uint8: the streams of all tensors, one after the other;
+- `modules`, uint8, if the `state_dict` has `_metadata`, of which version its modules are: one zstd
+  frame of JSON. The metadata of the file then has `modules_bytes` and `modules_crc32` too.
 
 What the index says of a tensor:
 
@@ -37,6 +39,7 @@ import difflib
 import json
 import math
 import zlib
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,10 +55,13 @@ from torch import Tensor, nn
 
 from pruneflow.deploy.coding import DTYPES, Entry, decode, decompress, encode, expect
 from pruneflow.files import write_whole
+from pruneflow.state_dicts import described, with_description
 
 FORMAT, VERSION = "pruneflow.packed", 1
 
 _MOST_INDEX_BYTES = 100_000_000  # as many as safetensors allows its own header
+_MOST_TIMES_LONGER = 1000  # than its frame; entries differ in their checksums
+_MOST_ZEROS, _MOST_TIMES_LARGER = 2**30, 2**15  # bytes that tensors take, however few they are here
 
 
 @dataclass(frozen=True)
@@ -141,26 +147,24 @@ def save_packed(
         entries.append(entry)
         blobs.append(blob)
         start += len(blob)
-    listed = json.dumps([vars(entry) for entry in entries], separators=(",", ":")).encode()
-    index = zstandard.ZstdCompressor(level=9).compress(listed)
-    about: dict[str, Any] = {
-        "version": VERSION,
-        "index_bytes": len(listed),
-        "index_crc32": zlib.crc32(index),
-    }
+    parts = {"index": json.dumps([vars(entry) for entry in entries], separators=(",", ":"))}
+    if (modules := described(state_dict)) is not None:
+        parts["modules"] = modules
+    about: dict[str, Any] = {"version": VERSION}
     if metadata:
         about["metadata"] = dict(metadata)
-    contents = {
-        "index": np.frombuffer(index, np.uint8),
-        "data": np.frombuffer(b"".join(blobs), np.uint8),
-    }
+    contents = {"data": np.frombuffer(b"".join(blobs), np.uint8)}
+    for name, text in parts.items():
+        frame = zstandard.ZstdCompressor(level=9).compress(text.encode())
+        about |= {f"{name}_bytes": len(text.encode()), f"{name}_crc32": zlib.crc32(frame)}
+        contents[name] = np.frombuffer(frame, np.uint8)
     path = Path(path)
     with write_whole(path) as temporary:
         save_file(contents, temporary, {FORMAT: json.dumps(about)})
     return path.stat().st_size
 
 
-def load_packed(path: str | Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+def load_packed(path: str | Path, names: Collection[str] | None = None) -> OrderedDict[str, Tensor]:
     """Read a packed file; nothing in it is executed.
 
     Args:
@@ -169,7 +173,7 @@ def load_packed(path: str | Path, names: Collection[str] | None = None) -> dict[
 
     Returns:
         Name -> tensor on the CPU, contiguous, in the order of the `state_dict` that was saved;
-        tied tensors are one object.
+        tied tensors are one object. It has the versions of the modules that this one had.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -188,7 +192,8 @@ def load_packed(path: str | Path, names: Collection[str] | None = None) -> dict[
             f"`names` is expected to be a list of names, but {names!r} came; put it in brackets"
         )
     with _opened(path) as file:
-        entries = _index(file, path)
+        about = _about(file, path)
+        entries = _index(file, about, path)
         for name in names or ():
             if name not in entries:
                 near = difflib.get_close_matches(name, entries, n=3, cutoff=0.4)
@@ -208,7 +213,9 @@ def load_packed(path: str | Path, names: Collection[str] | None = None) -> dict[
                         stored = data[entry.start : end].tobytes() if entry.stored else b""
                         first[source] = decode(entry, stored)
                     tensors[name] = first[source]
-    return tensors
+            expect(("modules" in file.keys()) == ("modules_crc32" in about), "a part is missing")  # noqa: SIM118
+            modules = _part(file, about, "modules") if "modules_crc32" in about else None
+            return with_description(tensors, modules)
 
 
 def inspect_packed(path: str | Path) -> list[PackedTensor]:
@@ -240,7 +247,7 @@ def inspect_packed(path: str | Path) -> list[PackedTensor]:
                 DTYPES[entry.values],
                 entry.same_as,
             )
-            for entry in _index(file, path).values()
+            for entry in _index(file, _about(file, path), path).values()
         ]
 
 
@@ -285,30 +292,65 @@ def _damage_named(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _index(file: Any, path: str | Path) -> dict[str, Entry]:
-    about = (file.metadata() or {}).get(FORMAT)
-    if about is None:
+def _about(file: Any, path: str | Path) -> dict[str, Any]:
+    text = (file.metadata() or {}).get(FORMAT)
+    if text is None:
         raise ValueError(
             f"`path`={str(path)!r} is expected to be a packed file, but it is a safetensors file "
             "of another kind; read it with safetensors.torch.load_file, or pack it first"
         )
     with _damage_named(path):
-        about = json.loads(about)
+        about: dict[str, Any] = json.loads(text)
         version = about["version"]
     if version != VERSION:
         raise ValueError(
             f"`path`={str(path)!r} is expected to have version {VERSION} of the layout, but it has "
             f"{version!r}; update pruneflow"
         )
+    return about
+
+
+def _index(file: Any, about: dict[str, Any], path: str | Path) -> dict[str, Entry]:
     with _damage_named(path):
-        for part in ("index", "data"):
-            found = file.get_slice(part).get_dtype(), len(file.get_slice(part).get_shape())
-            expect(found == ("U8", 1), f"{part!r} is another kind of tensor")
-        index = file.get_tensor("index").tobytes()
-        expect(zlib.crc32(index) == about["index_crc32"], "the checksum of its index differs")
-        expect(about["index_bytes"] <= _MOST_INDEX_BYTES, "its index is too long")
-        entries = [Entry(**entry) for entry in json.loads(decompress(index, about["index_bytes"]))]
-        for entry in entries:
-            for dtype in (entry.dtype, entry.values):
-                expect(dtype in DTYPES, f"{dtype!r} is no dtype of this PyTorch")
-    return {entry.name: entry for entry in entries}
+        listed = json.loads(_part(file, about, "index"))
+        objects = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
+        expect(objects, "its index is no list of tensors")
+        kind, shape = file.get_slice("data").get_dtype(), file.get_slice("data").get_shape()
+        expect(kind == "U8" and len(shape) == 1, "'data' is another kind of tensor")
+        return _checked([Entry(**entry) for entry in listed], shape[0])
+
+
+def _part(file: Any, about: dict[str, Any], name: str) -> str:
+    """A text of the file."""
+    expect(file.get_slice(name).get_dtype() == "U8", f"{name!r} is another kind of tensor")
+    frame, size = file.get_tensor(name).tobytes(), about[f"{name}_bytes"]
+    expect(zlib.crc32(frame) == about[f"{name}_crc32"], f"the checksum of its {name} differs")
+    fits = size <= min(_MOST_INDEX_BYTES, len(frame) * _MOST_TIMES_LONGER)
+    expect(fits, f"its {name} is too long")
+    return decompress(frame, size).decode()
+
+
+def _checked(listed: list[Entry], size: int) -> dict[str, Entry]:
+    """The entries by name, if they take `size` bytes one after the other, and each byte once.
+
+    So what is read takes no more memory than those bytes can hold. Tensors that are all zeros are
+    no bytes, and there is a bound of its own on what they promise.
+    """
+    entries: dict[str, Entry] = {}
+    end = promised = 0
+    for entry in listed:
+        entry.check()
+        expect(entry.name not in entries, f"it has two tensors of the name {entry.name!r}")
+        if entry.same_as is None:
+            expect(entry.start == end, f"{entry.name!r} does not begin where the one before ends")
+            end += entry.stored
+            promised += entry.bytes
+        else:
+            earlier = entries.get(entry.same_as) if isinstance(entry.same_as, str) else None
+            same = replace(entry, name=entry.same_as, same_as=None) == earlier
+            expect(same, f"{entry.name!r} is tied to {entry.same_as!r}, which is no such tensor")
+        entries[entry.name] = entry
+    expect(end <= size, "it ends before its tensors do")
+    most = _MOST_ZEROS + size * _MOST_TIMES_LARGER
+    expect(promised <= most, f"its tensors would take {promised} bytes")
+    return entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 
 import torch
@@ -17,11 +16,12 @@ from pruneflow.channels.tracing import (
     Storage,
     given_tensors,
     is_in_place,
+    of_parameters,
     out_of_place,
     tensor_inputs,
     trace,
 )
-from pruneflow.running import Example, device_of, evaluating
+from pruneflow.running import Example, copied, device_of, evaluating
 
 
 def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> nn.Module:
@@ -67,9 +67,9 @@ def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False
     """
     model = plain(model)
     expected = outputs(model, example_input)
-    small = copy.deepcopy(model).eval()
+    small = copied(model).eval()
     with evaluating(small, example_input):
-        traced = trace(small, example_input)
+        traced = trace(small, example_input, fixed_size=fixed_size)
     with torch.no_grad(), device_of(model, example_input):
         own = owned(small, traced)
         flow, rules = analyse(traced, own, fixed_size=fixed_size)
@@ -79,16 +79,26 @@ def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False
             changed = True
         _settle(flow, rules)
         rewritten = [rule.cut() for rule in rules]
-        if any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules):
-            changed = True
-            _refuse_other_sizes(traced)
-        if changed or any(rewritten):
+        unreached = any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules)
+        if changed or unreached or any(rewritten):
+            if fixed_size:
+                _refuse_other_sizes(traced)
             for node in traced.graph.nodes:
                 node.meta.clear()  # of shapes that were
             traced.graph.lint()
             small = fx.GraphModule(traced, traced.graph, type(model).__name__).eval()
+        else:
+            _hand_over(traced, small)
     check_same(expected, small, "shrinking")
     return small
+
+
+def _hand_over(traced: fx.GraphModule, small: nn.Module) -> None:
+    """Give the model the parameters and buffers of the graph; the layers are one and the same."""
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            setattr(small.get_submodule(owner), name, getattr(traced.get_submodule(owner), name))
 
 
 def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
@@ -99,11 +109,16 @@ def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
             continue
         for source in tensor_inputs(node):
             channels = flow.values.get(source)
-            if channels is None or not (channels.known | ~channels.needed).all():
+            if channels is None or of_parameters(source):
+                continue
+            if not (channels.known | ~channels.needed).all():
                 continue
             others = [other for other in tensor_inputs(node) if other is not source]
             # Another input has to give the result its shape.
-            if any(o.op != "get_attr" and o.meta["shape"] == node.meta["shape"] for o in others):
+            if any(
+                not of_parameters(other) and other.meta["shape"] == node.meta["shape"]
+                for other in others
+            ):
                 folded.add(node)
                 _insert_constant(traced, flow, node, source)
                 break
@@ -140,6 +155,8 @@ def _insert_constant(traced: fx.GraphModule, flow: Flow, node: fx.Node, source: 
 
 
 def _remove_unused(traced: fx.GraphModule, node: fx.Node) -> None:
+    if node not in traced.graph.nodes:  # by then removed, as all that read it were
+        return
     sources = node.all_input_nodes
     writes = is_in_place(node) and any(len(source.users) > 1 for source in sources)
     if node.users or node.op == "placeholder" or writes:

@@ -6,6 +6,7 @@ import difflib
 import logging
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from typing import Any, Literal
 import torch
 import torchvision.models
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from pruneflow.state_dicts import described, load_safetensors, with_description
 
 _log = logging.getLogger(__name__)
 
@@ -175,9 +177,10 @@ _UNREADABLE = (pickle.UnpicklingError, AttributeError, EOFError, KeyError, Runti
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(_tensors(state.get("state_dict", state)))
+            return load_safetensors(path)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded.get("state_dict", loaded)
+        return with_description(dict(_tensors(state)), described(state))
     except (*_UNREADABLE, SafetensorError) as error:
         raise ValueError(
             f"`weights`={str(path)!r} is expected to hold a state_dict, but it is no such file or "
@@ -231,12 +234,14 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], weights: str, num_cla
         )
     if head:
         _log.warning("`weights`=%s: %s differ in classes and start afresh", weights, sorted(head))
-    network.load_state_dict({**state, **{key: own[key] for key in head}})
+    # Where nothing says of which versions the modules were, they are taken for those of today.
+    modules = described(state) or described(own)
+    network.load_state_dict(with_description({**state, **{key: own[key] for key in head}}, modules))
 
 
 def _below_prefix(
     state: Mapping[str, Tensor], wanted: Collection[str], weights: str
-) -> dict[str, Tensor]:
+) -> OrderedDict[str, Tensor]:
     """The tensors with the wanted names, as they are or after one prefix that all of them have."""
     prefixes = {""} | {key[: dot.end()] for key in state for dot in re.finditer(r"\.", key)}
     parts = {
@@ -256,7 +261,7 @@ def _below_prefix(
             f"{_some(wanted)}, got {_some(state)}; missing: {_some(set(wanted) - nearest.keys())}; "
             f"unknown: {_some(nearest.keys() - set(wanted))}; check which network it was saved of"
         )
-    return parts[fitting[0]]
+    return with_description(parts[fitting[0]], described(state, fitting[0]))
 
 
 def _some(names: Collection[str], most: int = 4) -> str:

@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import DenseNet, MobileNetV2, ResNet, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -14,6 +16,7 @@ from torchvision.ops import StochasticDepth
 from two_layers import Points, TwoLayers
 
 from pruneflow.channels.coupling import find_coupling, remove_channels
+from pruneflow.deploy import shrink
 
 
 def vgg():
@@ -392,6 +395,26 @@ def test_a_compiled_model_is_the_model_it_wraps():
         model[5].weight.zero_()
     assert remove_channels(compiled, IMAGES) == 62
     assert model[3].weight.shape == (1, 1) and compiled(IMAGES).shape == (2, 10)
+
+
+def compiled_within(model):
+    model[1] = torch.compile(model[1], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, AveragedModel, checkpoint_wrapper, compiled_within]
+)
+def test_wrappers_are_the_models_they_wrap(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[1].weight[0], model[1].bias[0], model[2].weight[:, 0] = 0, 0, 0
+    model = wrap(model)
+    expected = model(PIXELS)
+    assert sum(p.numel() for p in shrink(model, PIXELS).parameters()) == 2 * 4 + 2 + 2 * 2 + 2
+    assert remove_channels(model, PIXELS) == 1
+    torch.testing.assert_close(model(PIXELS), expected)
 
 
 def test_training_goes_on_in_a_trainer(trainer):

@@ -9,6 +9,7 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
@@ -16,6 +17,7 @@ from torch import nn
 
 from pruneflow.deploy.__main__ import main
 from pruneflow.deploy.packed import inspect_packed, load_packed, save_packed
+from pruneflow.state_dicts import load_safetensors
 
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn),
@@ -212,6 +214,49 @@ def test_the_layout_is_as_its_description_says(path):
         assert torch.equal(found, expected.half().float() if width == 16 else expected)
 
 
+class Versioned(nn.Linear):
+    """As torchvision's MNASNet: it loads no weights of a version that is not its own."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def test_the_versions_of_modules_come_along(path):
+    model = nn.Sequential(nn.BatchNorm1d(3), Versioned(3, 2))
+    state = model.state_dict()
+    save_packed(state, path)
+    assert load_packed(path)._metadata == state._metadata
+    assert load_packed(path, names=["1.bias"])._metadata == state._metadata
+    nn.Sequential(nn.BatchNorm1d(3), Versioned(3, 2)).load_state_dict(load_packed(path))
+    about = json.loads(safe_open(path, "numpy").metadata()["pruneflow.packed"])
+    frame = load_file(path)["modules"].tobytes()
+    assert zlib.crc32(frame) == about["modules_crc32"]
+    assert json.loads(zstandard.decompress(frame)) == state._metadata
+
+
+def test_what_says_nothing_of_its_modules_is_packed_as_before(path):
+    save_packed({"weight": torch.ones(2)}, path)
+    assert set(load_file(path)) == {"index", "data"}
+    assert not hasattr(load_packed(path), "_metadata")
+
+
+def test_modules_that_are_none_are_refused(path):
+    save_packed(nn.Linear(2, 1).state_dict(), path)
+    contents = load_file(path)
+    about = json.loads(safe_open(path, "numpy").metadata()["pruneflow.packed"])
+    for text in ("[]", '{"": 1}', "{", "null"):
+        frame = zstandard.compress(text.encode())
+        known = about | {"modules_bytes": len(text), "modules_crc32": zlib.crc32(frame)}
+        modules = {"modules": np.frombuffer(frame, np.uint8)}
+        save_file(contents | modules, path, {"pruneflow.packed": json.dumps(known)})
+        with pytest.raises(ValueError, match="damaged"):
+            load_packed(path)
+
+
 def test_takes_no_more_than_the_entropy_of_positions_and_whole_values(path):
     torch.manual_seed(0)
     for density in (0.001, 0.02, 0.15, 0.4, 0.7):
@@ -315,7 +360,7 @@ class TestDamage:
                 path.write_bytes(damaged)
                 with pytest.raises(ValueError, match=r"model\.packed"):
                     load_packed(path)
-        assert whole.count(b'"U8"') == 2
+        assert whole.count(b'"U8"') == 3
         path.write_bytes(whole.replace(b'"U8"', b'"I8"', 1))
         with pytest.raises(ValueError, match="another kind of tensor"):
             load_packed(path)
@@ -329,8 +374,8 @@ class TestDamage:
         """Write other entries into the index, with checksums that fit."""
         contents = load_file(path)
         index = json.loads(zstandard.decompress(contents["index"].tobytes()))
-        changed = about.pop("entry", {})
-        index[0] |= changed
+        index[0] |= about.pop("entry", {})
+        index = about.pop("index", lambda given: given)(index)
         listed = json.dumps(index).encode()
         frame = zstandard.compress(listed)
         known = {"version": 1, "index_bytes": len(listed), "index_crc32": zlib.crc32(frame)}
@@ -375,6 +420,62 @@ class TestDamage:
         load_packed(path)
         self.forge(path, entry=entry)
         with pytest.raises(ValueError, match="damaged"):
+            load_packed(path)
+
+    @pytest.mark.parametrize(
+        ("index", "words"),
+        [
+            (lambda index: [*index, index[0] | {"name": "b"}], "does not begin where the one"),
+            (lambda index: [*index, index[0]], "two tensors of the name 'weight'"),
+            (lambda index: [index[1], index[0]], "does not begin where the one"),
+            (lambda index: [index[0], index[1] | {"start": 3}], "does not begin where the one"),
+            (lambda index: [index[0], index[1] | {"same_as": "weight"}], "tied to 'weight'"),
+            (lambda index: [index[0], index[1] | {"same_as": "bias"}], "tied to 'bias'"),
+            (lambda index: [index[0], index[1] | {"same_as": "nothing"}], "tied to 'nothing'"),
+            (lambda index: [index[0], index[1] | {"same_as": ["weight"]}], "tied to"),
+            (lambda index: [index[2] | {"same_as": "weight"}, index[0]], "tied to 'weight'"),
+            (
+                lambda index: [*index, index[2] | {"name": "c", "same_as": "tied"}],
+                "tied to 'tied'",
+            ),
+            (lambda index: [*index[:2], index[2] | {"dtype": "int32"}], "values of another dtype"),
+            (lambda index: [*index[:2], index[2] | {"shape": [50, 40]}], "tied to 'weight'"),
+            (lambda index: [index[0] | {"name": 5}], "the name 5 is no text"),
+            (lambda index: [index[0] | {"name": None}], "the name None is no text"),
+            (lambda index: [index[0] | {"shape": [True, 2]}], "the shape of 'weight' is none"),
+            (lambda index: [index[0] | {"shape": [1] * 65}], "the shape of 'weight' is none"),
+            (lambda index: [index[0] | {"kept": 2.0}], "'weight' has counts that are none"),
+            (lambda index: [index[0] | {"streams": [[1]]}], "the streams of 'weight' are none"),
+            (lambda index: {"weight": index[0]}, "its index is no list of tensors"),
+            (lambda index: ["weight"], "its index is no list of tensors"),
+            (lambda index: None, "its index is no list of tensors"),
+        ],
+    )
+    def test_entries_that_contradict_each_other_are_refused(self, path, index, words):
+        torch.manual_seed(0)
+        weight = sparse(40, 50, density=0.05)
+        save_packed({"weight": weight, "bias": torch.rand(5), "tied": weight}, path)
+        self.forge(path)
+        load_packed(path)
+        self.forge(path, index=index)
+        for read in (load_packed, inspect_packed):
+            with pytest.raises(ValueError, match="damaged") as refused:
+                read(path)
+            assert words in str(refused.value)
+
+    def test_zeros_that_no_byte_stands_for_are_bounded(self, path):
+        save_packed({"weight": torch.zeros(10)}, path)
+        self.forge(path, entry={"shape": [2**28]})
+        assert load_packed(path)["weight"].shape == (2**28,)  # which takes no memory unless used
+        self.forge(path, entry={"shape": [2**30]})
+        with pytest.raises(ValueError, match="would take 4294967296 bytes"):
+            load_packed(path)
+
+        def many(index):
+            return [index[0] | {"name": str(name), "shape": [2**28]} for name in range(100)]
+
+        self.forge(path, entry={"shape": [10]}, index=many)
+        with pytest.raises(ValueError, match="would take 107374182400 bytes"):
             load_packed(path)
 
     def test_one_value_is_not_spread_over_many_positions(self, path):
@@ -504,6 +605,8 @@ class TestCommands:
         found = load_tensors("again.safetensors")
         assert found.keys() == state.keys()
         assert same({name: found[name] for name in state}, state)
+        if source != "m.safetensors":  # which said nothing of the versions of modules
+            assert load_safetensors("again.safetensors")._metadata == state._metadata
 
     def test_inspect(self, run):
         tied = torch.tensor([[0, 0, 0.1, 0]])

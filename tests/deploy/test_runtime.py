@@ -1,4 +1,5 @@
 import copy
+import ctypes
 import dataclasses
 import math
 import multiprocessing
@@ -6,6 +7,7 @@ import operator
 import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -273,6 +275,51 @@ def test_smooth_activations_far_out(function):
         torch.testing.assert_close(run(batch), model(batch), rtol=1e-6, atol=1e-35, equal_nan=True)
 
 
+class Line(nn.Module):
+    """Something is done to each channel by itself."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code, self.a, self.b = code, nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 1)
+        self.gamma = nn.Parameter(torch.rand(6) + 0.5)
+        self.register_buffer("held", torch.rand(1, 6, 1, 1) + 0.5)
+        self.number = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.b(self.code(self, self.a(x)))
+
+
+def changed_in_place(model, x):
+    other = x
+    other -= 1
+    other /= 2
+    return x + other
+
+
+LINES = {
+    "scale": lambda m, x: x * m.gamma.view(1, -1, 1, 1) + m.held,
+    "one and gamma": lambda m, x: (1 + m.gamma)[:, None, None] * x,
+    "less": lambda m, x: m.held - (x - 2),
+    "quotient": lambda m, x: x / m.held * m.number,
+    "hardswish by hand": lambda m, x: x * functional.relu6(x + 3.0) / 6,
+    "in place": changed_in_place,
+    "pad": lambda m, x: functional.pad(x, (1, 0, 2, 3)) + 1,
+}
+
+
+@pytest.mark.parametrize("code", LINES.values(), ids=LINES)
+def test_scales_and_offsets(code):
+    model = Line(code)
+    batch = torch.randn(7, 3, 8, 9)
+    assert difference(model.eval(), batch, Choice(2, 4096, padded=True)) < 1e-5
+
+
+def test_frozen_batch_norm():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), torchvision.ops.FrozenBatchNorm2d(6), nn.ReLU())
+    model[1].running_mean.normal_()
+    assert difference(model.eval(), torch.randn(3, 3, 5, 5), Choice()) < 1e-5
+
+
 def test_all_weights_zero():
     model = prune(resnet(), 0.0)
     assert difference(model, torch.randn(3, 3, 32, 32)) < 1e-5
@@ -507,6 +554,9 @@ class Rows(nn.Module):
         (Gates(), (3,), "'tanh' is a call of tanh"),
         (Views(), (2, 4, 4), "'_0_clip' is in place on what 'add' holds as well"),
         (Rows(), (2, 4, 4), "shapes, (2, 4, 4) and (2, 4, 1)"),
+        (Line(lambda m, x: x * m.a.bias), (3, 8, 8), "other than one number for each channel"),
+        (Line(lambda m, x: 1 / x), (3, 8, 8), "'truediv' is not of a tensor"),
+        (Line(lambda m, x: functional.pad(x, (1, 1), value=1)), (3, 8, 8), "a call of pad"),
         (
             nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
             (2, 4, 4),
@@ -563,18 +613,194 @@ def test_without_a_compiler_the_model_stays_dense(monkeypatch, tmp_path):
     assert torch.equal(dense(batch), model(batch))
 
 
+FAST = ("-O0",)  # to build
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return toolchain.build(toolchain._compiler(), FAST, tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path, kernels):
+    """An empty cache, nothing loaded before, and a compiler that takes no time."""
+    monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setattr(toolchain, "load", toolchain.load.__wrapped__)
+    monkeypatch.setattr(toolchain, "build", lambda _, __, to: Path(shutil.copy(kernels, to)))
+    return tmp_path / "kernels"
+
+
+def from_where(monkeypatch):
+    """Note the folders that libraries are loaded from."""
+    folders = []
+
+    def opened(path, *, open_=ctypes.CDLL):
+        folders.append(Path(path).parent)
+        return open_(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", opened)
+    return folders
+
+
+def test_a_library_is_built_once_and_only_its_user_may_touch_it(cache, monkeypatch):
+    toolchain.load(FAST)
+    (library,) = cache.iterdir()
+    assert cache.stat().st_mode & 0o777 == 0o700 and library.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(toolchain, "build", None)
+    toolchain.load(FAST)
+
+
 def test_a_build_that_fails_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setattr(toolchain.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(toolchain.NoCompilerError, match="no-such-flag"):
-        toolchain.build(("-O0", "--no-such-flag"))
-    assert list((tmp_path / "kernels").iterdir()) == []
+        toolchain.load(("-O0", "--no-such-flag"))
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "file"))
-    with pytest.raises(toolchain.NoCompilerError, match="set PRUNEFLOW_CACHE"):
-        toolchain.build()
+def truncated(library):
+    library.write_bytes(library.read_bytes()[:5000])
+
+
+def emptied(library):
+    library.write_bytes(b"")
+
+
+def foreign(library):
+    library.write_bytes(b"\x7fELF and something else")
+
+
+def changed(library):
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def of_others(library):
+    library.chmod(0o666)
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, foreign, changed, of_others])
+def test_a_damaged_library_is_built_again(cache, damage, kernels):
+    # It must not be damaged where this process has it in memory.
+    library = toolchain._keep(kernels, cache, toolchain._key(toolchain._compiler(), FAST))
+    inode = library.stat().st_ino
+    damage(library)
+    assert toolchain.load(FAST).pruneflow_lanes()
+    (library,) = cache.iterdir()
+    assert library.stat().st_ino != inode and library.stat().st_mode & 0o777 == 0o600
+    assert library.stem.endswith(toolchain._digest(library.read_bytes()))
+
+
+def test_what_a_killed_build_left_goes(cache):
+    cache.mkdir(mode=0o700)
+    left = cache / ".kernels-1.partial.so"
+    left.touch()
+    os.utime(left, (0, 0))
+    toolchain.load(FAST)
+    assert not left.exists()
+
+
+def a_file(cache):
+    cache.touch()
+
+
+def open_to_all(cache):
+    cache.mkdir()
+    cache.chmod(0o777)
+
+
+def a_file_above(cache):
+    cache.parent.rmdir()
+    cache.parent.touch()
+
+
+@pytest.mark.parametrize("prepare", [a_file, open_to_all, a_file_above])
+def test_where_nothing_can_be_kept_each_process_builds_its_own(cache, monkeypatch, prepare):
+    prepare(cache)
+    folders = from_where(monkeypatch)
+    with pytest.warns(UserWarning, match="built anew.*set PRUNEFLOW_CACHE"):
+        assert toolchain.load(FAST).pruneflow_lanes()
+    assert folders and cache not in folders and not folders[-1].exists()
+
+
+def test_a_library_of_another_user_is_not_loaded(cache, monkeypatch):
+    toolchain.load(FAST)
+    folders = from_where(monkeypatch)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        toolchain.load(FAST)
+    assert cache not in folders
+
+
+def test_a_cache_that_nothing_can_be_run_from(cache, monkeypatch):
+    def refused(path, *, open_=ctypes.CDLL):
+        if Path(path).parent == cache:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return open_(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refused)
+    with pytest.warns(UserWarning, match="failed to map segment"):
+        assert toolchain.load(FAST).pruneflow_lanes()
+
+
+def test_without_any_folder_the_model_stays_dense(cache, monkeypatch):
+    cache.touch()
+    monkeypatch.setattr(toolchain.tempfile, "tempdir", str(cache))
+    model = nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match=r"stays dense.*set TMPDIR") as warned:
+        dense = sparse_compile(model, torch.zeros(1, 3))
+    assert len(warned) == 1 and isinstance(dense, nn.Linear)
+
+
+def test_without_a_home(cache, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PRUNEFLOW_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(UserWarning, match="home directory"):
+        assert toolchain.load(FAST).pruneflow_lanes()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_may_build_at_once(cache):
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=toolchain.load, args=(FAST,)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 4
+    (library,) = cache.iterdir()
+    assert library.stem.endswith(toolchain._digest(library.read_bytes()))
+
+
+def test_more_threads_than_the_system_gives_are_refused():
+    code = """
+import resource, torch
+from torch import nn
+from pruneflow.deploy.runtime import toolchain
+from pruneflow.deploy.runtime.model import sparse_compile
+toolchain.load()
+model, batch = nn.Conv2d(3, 8, 3), torch.zeros(2, 3, 9, 9)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+try:
+    sparse_compile(model, batch, threads=800)
+except RuntimeError as error:
+    print(error)
+sparse_compile(model, batch, threads=2)
+print("goes on")
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the limit is set beside what a process uses")
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "`threads` must be as few as" in run.stdout and "got 800" in run.stdout, run.stderr
+    assert run.stdout.endswith("goes on\n")
 
 
 @pytest.mark.skipif("avx512f" not in toolchain._processor(), reason="no AVX-512 to leave out")

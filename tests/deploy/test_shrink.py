@@ -334,6 +334,25 @@ def test_a_sum_that_is_zero_on_one_side_goes():
     assert agree(model, small, torch.randn(3, 2, 9, 9).double())
 
 
+def test_what_a_dead_branch_reads_twice_goes_once():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b, self.head = (nn.Conv2d(2, 2, 1) for _ in range(4))
+            self.dead = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            read = self.a(x)
+            return self.head(x + self.dead(torch.cat([self.b(read), read], 1)))
+
+    model = Model().double()
+    nn.init.zeros_(model.dead.weight)
+    small = shrink(model, torch.randn(2, 2, 8, 8).double())
+    assert not hasattr(small, "a") and not hasattr(small, "b")
+    assert agree(model, small, torch.randn(3, 2, 9, 9).double())
+
+
 def test_a_branch_works_on_the_channels_it_needs():
     torch.manual_seed(0)
     model = alive(Added()).double()

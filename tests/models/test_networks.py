@@ -6,6 +6,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pruneflow.models import load_weights, small_cnn, torchvision_model
+from pruneflow.run_folder import load_cached, save_cached, save_network
+from pruneflow.state_dicts import load_safetensors
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -167,3 +169,32 @@ def test_pickled_modules_are_not_executed(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(ValueError, match=r"`weights`.*state_dict"):
         torchvision_model("resnet18", 10, weights=tmp_path / "module.pt")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "run", "pt", "ckpt"])
+def test_a_network_that_asks_for_its_version_comes_back(tmp_path, suffix):
+    network = torchvision_model("mnasnet0_5", 10)
+    path = tmp_path / f"weights.{suffix}"
+    match suffix:
+        case "safetensors":  # of another program: it says nothing of versions
+            save_file(network.state_dict(), path)
+        case "run":
+            path = path.with_suffix(".safetensors")
+            save_cached(network, path, [])
+        case "pt":
+            torch.save(network.state_dict(), path)
+        case "ckpt":
+            state = {f"network.{key}": value for key, value in network.state_dict().items()}
+            torch.save({"state_dict": state}, path)
+    other = torchvision_model("mnasnet0_5", 10)
+    load_weights(other, path)
+    assert torch.equal(network.classifier[1].weight, other.classifier[1].weight)
+    if suffix == "run":
+        assert load_cached(torchvision_model("mnasnet0_5", 10), path) == []
+
+
+def test_a_file_says_of_which_versions_its_modules_are(tmp_path):
+    network = small_cnn(10, 1)
+    save_network(network, tmp_path / "model.safetensors")
+    found = load_safetensors(tmp_path / "model.safetensors")
+    assert found._metadata == network.state_dict()._metadata

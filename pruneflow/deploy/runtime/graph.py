@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from pruneflow.channels.tracing import trace
-from pruneflow.deploy.runtime.known import CLAMPS, DROPOUTS, FUNCTIONS, POOLS, PRODUCTS, SUMS
+from pruneflow.channels.tracing import of_parameters, trace
+from pruneflow.deploy.runtime.known import (
+    CLAMPS,
+    DIFFERENCES,
+    DROPOUTS,
+    FUNCTIONS,
+    IN_PLACE,
+    POOLS,
+    PRODUCTS,
+    QUOTIENTS,
+    SUMS,
+)
 from pruneflow.deploy.runtime.layers import (
     INFINITY,
     Layer,
@@ -26,7 +36,7 @@ from pruneflow.deploy.runtime.layers import (
     adaptive_windows,
     fuse,
 )
-from pruneflow.running import evaluating
+from pruneflow.running import clone, evaluating
 
 
 def capture(model: nn.Module, example_input: Tensor) -> Network:
@@ -48,7 +58,7 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
     # Around it one more module, as those of PyTorch are kept whole but for the outermost.
     whole = nn.Sequential(model)
     with evaluating(whole, example_input):
-        traced = trace(whole, example_input[:1])
+        traced = trace(whole, example_input[:1], fixed_size=True)
     _drop_assertions(traced.graph)
     captured = _Capture(traced)
     for node in traced.graph.nodes:
@@ -66,10 +76,16 @@ def _drop_assertions(graph: fx.Graph) -> None:
     """Leave out what the model asserts, such as the size of its images: each call checks that."""
     read_by_them: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        alone = node in read_by_them and node.op == "call_function" and not node.users
+        reads = node in read_by_them or node.target is getattr  # as the text of an assertion does
+        alone = reads and node.op == "call_function" and not node.users
         if alone or node.target is torch._assert:
             read_by_them.update(node.all_input_nodes)
             graph.erase_node(node)
+
+
+def _pads_with_zeros(options: Sequence[Any], keywords: dict[str, Any]) -> bool:
+    given = {"mode": "constant", **dict(zip(("mode", "value"), options, strict=False)), **keywords}
+    return given["mode"] == "constant" and not given.get("value")
 
 
 def _pair(value: Any) -> Pair:
@@ -102,10 +118,21 @@ class _Capture:
             self.output_shape = self.shape(result)
         elif node.op == "call_module":
             self.module(node, self.traced.get_submodule(str(node.target)))
-        elif node.op in ("call_function", "call_method"):
-            self.function(node)
+        elif node.op == "get_attr":
+            self.constants[node] = operator.attrgetter(str(node.target))(self.traced).detach()
+        elif of_parameters(node):
+            self.constants[node] = self.evaluated(node)
         else:
-            self.constants[node] = operator.attrgetter(str(node.target))(self.traced)
+            self.function(node)
+
+    def evaluated(self, node: fx.Node) -> Any:
+        """What is computed from parameters alone, as `1 + self.gamma`."""
+        args, kwargs = cast(
+            Any, fx.node.map_arg((node.args, node.kwargs), lambda n: clone(self.constants[n]))
+        )
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return cast(Any, node.target)(*args, **kwargs)
 
     def refuse(self, node: fx.Node, what: str) -> NoReturn:
         raise ValueError(
@@ -154,6 +181,8 @@ class _Capture:
     def module(self, node: fx.Node, module: Any) -> None:
         value = self.operand(node)
         kind = type(module)
+        if "forward" in vars(module):
+            self.refuse(node, f"a {kind.__name__} with a `forward` of its own")
         # Exact types: a subclass may compute something else.
         if kind in (nn.Identity, *DROPOUTS) or kind.__name__ == "StochasticDepth":
             if module.training and kind is not nn.Identity:
@@ -161,7 +190,7 @@ class _Capture:
             self.values[node] = value
         elif kind is nn.Conv2d:
             self.convolution(node, module, value)
-        elif kind in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        elif kind is nn.Linear:
             if len(self.shape(node)) != 1:
                 self.refuse(node, "a Linear over other than (batch, features)")
             reads = Window((1, 1), kernel=(1, 1), output=(1, 1))
@@ -170,6 +199,8 @@ class _Capture:
             self.norm(node, module, value)
         elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or kind in FUNCTIONS:
             self.activation(node, module, value)
+        elif kind is nn.ZeroPad2d:
+            self.pad(node, module.padding, value)
         elif kind is nn.Flatten:
             if [module.start_dim, module.end_dim] != [1, -1]:
                 self.refuse(node, "a Flatten of other than all but the first dimension")
@@ -191,13 +222,16 @@ class _Capture:
         target, keywords = node.target, dict(node.kwargs)
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         inplace = bool(keywords.pop("inplace", False)) or name.endswith("_")
-        inplace = inplace or target in (operator.iadd, operator.imul)
+        inplace = inplace or target in IN_PLACE
         arguments = node.args[1:]
         if target == "size" and (arguments, keywords) == ((0,), {}):
             self.batch_sizes.add(node)
             return
-        value = -1 if target is torch.cat else self.operand(node)
-        if not keywords and self.elementwise(node, value):
+        line = self.line(node)
+        value = -1 if target is torch.cat or (line and not inplace) else self.operand(node)
+        if line is not None:
+            self.scale(node, *line)
+        elif not keywords and self.elementwise(node, value):
             pass
         elif self.flattens(node):
             self.flatten(node, value)
@@ -207,6 +241,8 @@ class _Capture:
             self.pool(node, make(**given, **keywords), value)
         elif target is functional.adaptive_avg_pool2d or self.means(node):
             self.adaptive(node, value)
+        elif target is functional.pad and _pads_with_zeros(arguments[1:], keywords):
+            self.pad(node, cast(Sequence[int], arguments[0]), value)
         elif target is torch.cat:
             self.concatenate(node)
         elif target is torch.index_select and not keywords:
@@ -221,6 +257,42 @@ class _Capture:
             self.refuse(node, f"a call of {name} with {arguments} and {keywords}")
         if inplace:
             self.overwrites(node, value)
+
+    def line(self, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
+        """Of an operation on a value and a constant: the value, its factor and what is added."""
+        known = [isinstance(arg, fx.Node) and arg in self.values for arg in node.args]
+        if len(known) != 2 or sum(known) != 1 or node.kwargs:
+            return None
+        first = known[0]
+        value, other = cast(tuple[fx.Node, Any], node.args if first else node.args[::-1])
+        other = self.constants.get(other) if isinstance(other, fx.Node) else other
+        if not isinstance(other, Tensor | int | float):
+            return None
+        constant = torch.as_tensor(other, dtype=torch.float64, device="cpu")
+        zero, one = constant.new_zeros(()), constant.new_ones(())
+        if node.target in SUMS:
+            return value, one, constant
+        if node.target in PRODUCTS:
+            return value, constant, zero
+        if node.target in DIFFERENCES:
+            return (value, one, -constant) if first else (value, -one, constant)
+        return (value, 1 / constant, zero) if node.target in QUOTIENTS and first else None
+
+    def scale(self, node: fx.Node, source: fx.Node, factor: Tensor, offset: Tensor) -> None:
+        """Each channel times its factor, and something added."""
+        value, each = self.values[source], []
+        before, after = (each.meta["shape"] for each in (source, node))
+        if before != after:
+            self.refuse(node, "with a tensor of a larger shape")
+        for constant in (factor, offset):
+            rows = constant.broadcast_to(1, *before[1:]).reshape(self.shapes[value][0], -1)
+            if not (rows == rows[:, :1]).all():
+                self.refuse(node, "with other than one number for each channel")
+            each.append(rows[:, 0])
+        size = self.shapes[value][1:]
+        reads, (factor, offset) = Window(size, kernel=(1, 1), output=size), each
+        weight = factor.float()[:, None, None]
+        self.weighted(node, value, reads, weight, offset.float(), kind="scale")
 
     def elementwise(self, node: fx.Node, value: int) -> bool:
         if node.target in CLAMPS and len(node.args) == 1:
@@ -310,10 +382,19 @@ class _Capture:
         offset = -module.running_mean.double() * factor
         if module.bias is not None:
             offset = offset + module.bias.detach().double()
-        size = self.shapes[value][1:]
-        reads = Window(size, kernel=(1, 1), output=size)
-        weight = factor.float()[:, None, None]
-        self.weighted(node, value, reads, weight, offset.float(), kind="scale")
+        channels: tuple[int, ...] = (-1, *[1] * (len(self.shape(node)) - 1))
+        self.scale(node, node.all_input_nodes[0], factor.view(channels), offset.view(channels))
+
+    def pad(self, node: fx.Node, rows_and_columns: Sequence[int], value: int) -> None:
+        """Zeros around a picture: a depthwise 1x1 convolution with ones whose padding they are."""
+        left, _, above, _ = (*rows_and_columns, 0, 0)[:4]
+        if len(rows_and_columns) > 4 or len(self.shape(node)) != 3:
+            self.refuse(node, f"a padding of {tuple(rows_and_columns)}")
+        channels, *size = self.shapes[value]
+        output = _pair(self.shape(node)[1:])
+        reads = Window(_pair(size), kernel=(1, 1), output=output, padding=(above, left))
+        ones = torch.ones(channels, 1, 1, dtype=torch.float32, device="cpu")
+        self.weighted(node, value, reads, ones, None, channels)
 
     def flatten(self, node: fx.Node, value: int) -> None:
         if self.shapes[value][1:] == (1, 1):

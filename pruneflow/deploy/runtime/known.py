@@ -24,6 +24,9 @@ FUNCTIONS = {
 }
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+DIFFERENCES = (operator.sub, operator.isub, torch.sub, "sub", "sub_")
+QUOTIENTS = (operator.truediv, operator.itruediv, torch.div, "div", "div_")
+IN_PLACE = (operator.iadd, operator.imul, operator.isub, operator.itruediv)
 POOLS: dict[Any, tuple[Any, str]] = {
     functional.max_pool2d: (nn.MaxPool2d, "stride padding dilation ceil_mode return_indices"),
     functional.avg_pool2d: (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import math
 import os
@@ -23,6 +22,7 @@ from pruneflow.deploy.runtime.layers import Network
 from pruneflow.deploy.runtime.lowering import activations, lower
 from pruneflow.deploy.runtime.plans import Call, Machine, Plan
 from pruneflow.deploy.runtime.tuning import Choices, aligned, choose, race
+from pruneflow.running import copied
 
 _TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
 _MOST_ACTIVATIONS = 2**23  # floats for a thread, beyond which several samples at once do not pay
@@ -43,8 +43,9 @@ def sparse_compile(
     that only where whole channels or branches died.
 
     It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, Sigmoid, Hardsigmoid, SiLU,
-    Hardswish, additions, products (squeeze-and-excitation), max, average and adaptive average
-    pooling, concatenation, flattening and dropout, as modules or functions. The result takes any
+    Hardswish, additions, products (squeeze-and-excitation), scales and offsets of channels, max,
+    average and adaptive average pooling, zero padding, concatenation, flattening and dropout, as
+    modules or functions, and subclasses that add some of these to a layer. The result takes any
     batch size, and pictures of the size of the example; compile once for each size.
 
     Args:
@@ -60,7 +61,8 @@ def sparse_compile(
     Raises:
         ValueError: If the model cannot be traced or has an operation that the runtime does not
             know, which is named; or `threads` or the types of the tensors do not fit.
-        RuntimeError: If the result differs from the model's; both are compared once compiled.
+        RuntimeError: If the result differs from the model's; both are compared once compiled. Or if
+            the system does not let this process start so many threads.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
@@ -93,7 +95,7 @@ def sparse_compile(
                 f"`model` is expected to have no hooks, which would not run, but {name!r} has; "
                 "remove them, those of torch.nn.utils.prune with prune.remove or fold_model"
             )
-    dense = copy.deepcopy(model).eval().requires_grad_(False)
+    dense = copied(model).eval().requires_grad_(False)
     network = capture(dense, example_input)
     try:
         kernels = toolchain.load()
@@ -104,6 +106,8 @@ def sparse_compile(
             stacklevel=2,
         )
         return dense
+    if kernels.pruneflow_threads(threads):
+        raise _too_many(threads)
     machine = toolchain.machine(kernels, threads)
     choices = {
         lanes: choose(network, machine, kernels, samples=samples, lanes=lanes)
@@ -293,8 +297,19 @@ class SparseModel(nn.Module):
             batch = batch.contiguous()
         out = torch.empty(prepared.shape, dtype=torch.float32, device="cpu")
         with self._lock:
-            self._native(prepared.address, batch.data_ptr(), out.data_ptr(), self._arena_at)
+            failed = self._native(
+                prepared.address, batch.data_ptr(), out.data_ptr(), self._arena_at
+            )
+        if failed:
+            raise _too_many(self.machine.threads)
         return out
+
+
+def _too_many(threads: int) -> RuntimeError:
+    return RuntimeError(
+        f"`threads` must be as few as the system lets this process start, got {threads}; try "
+        f"{os.cpu_count()}, which is how many processors there are"
+    )
 
 
 class _Prepared(NamedTuple):

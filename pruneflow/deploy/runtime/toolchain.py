@@ -10,10 +10,13 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pruneflow.deploy.runtime.plans import STEP, Machine
+from pruneflow.files import sweep
 
 KERNELS = Path(__file__).with_name("kernels")
 # What the compiler may change of the arithmetic: only that the hardware raises no flags. Sums are
@@ -23,59 +26,134 @@ _ALWAYS = ("-std=c++17", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-psabi")
 
 
 class NoCompilerError(RuntimeError):
-    """There is no C++ compiler that can build the kernels."""
+    """There is no C++ compiler that can build the kernels, or nowhere to put them."""
 
 
 def cache_folder() -> Path:
-    """Where built kernels are kept: `PRUNEFLOW_CACHE`, or a folder of the user's cache."""
+    """Where built kernels are kept: `PRUNEFLOW_CACHE`, or a folder of the user's cache.
+
+    Raises:
+        OSError: If the user has no home.
+    """
     if given := os.environ.get("PRUNEFLOW_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pruneflow"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, "pruneflow")
+    try:
+        return Path.home() / ".cache" / "pruneflow"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
-def build(flags: Sequence[str] = FLAGS) -> Path:
-    """The shared library of the kernels, built when the cache does not have it.
+@functools.cache
+def load(flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
+    """The kernels, loaded from the cache, or built; see kernels/runtime.h for how they are called.
 
-    It is kept by its source, the flags, the compiler's version and the processor.
+    They are kept by their source, the flags, the compiler's version and the processor. A library is
+    loaded only if it is whole and nobody else could have written it, as its code runs in this
+    process. Where the cache cannot be used, each process builds its own, and a warning says so.
 
     Args:
         flags: Of the optimizer and the machine.
 
     Raises:
-        NoCompilerError: If there is none, or it fails; says what it said.
+        NoCompilerError: If there is no compiler, or it fails, or what it built cannot be loaded.
     """
     compiler = _compiler()
-    sources = sorted(KERNELS.iterdir())
-    version = _output([*compiler, "--version"])
-    key = hashlib.sha256(
-        "\0".join([*flags, version, _processor(), *(file.read_text() for file in sources)]).encode()
-    ).hexdigest()[:20]
-    library = cache_folder() / f"kernels-{key}.so"
-    if not library.exists():
-        inputs = [str(file) for file in sources if file.suffix == ".cpp"]
-        try:
-            library.parent.mkdir(parents=True, exist_ok=True)
-            # Two processes may build at once, so each has a temporary file of its own.
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                built = Path(folder) / library.name
-                _output([*compiler, *_ALWAYS, *flags, *inputs, "-o", str(built)])
-                built.replace(library)
-        except OSError as error:
-            raise NoCompilerError(
-                f"{library.parent} cannot be written: {error}; set PRUNEFLOW_CACHE to a folder"
-            ) from error
+    key = _key(compiler, flags)
+    try:
+        kept = _kept(cache_folder(), key)
+        return _opened(kept)
+    except OSError:  # there is none yet, or none that can be used
+        pass
+    try:
+        with tempfile.TemporaryDirectory(prefix="pruneflow-", ignore_cleanup_errors=True) as folder:
+            built = build(compiler, flags, Path(folder))
+            try:
+                return _opened(_keep(built, cache_folder(), key))
+            except OSError as error:
+                library = _opened(built)
+                warnings.warn(
+                    f"the kernels of the sparse runtime are built anew by each process, as they "
+                    f"cannot be kept: {error}; set PRUNEFLOW_CACHE to a folder of your own",
+                    stacklevel=3,
+                )
+                return library
+    except OSError as error:
+        raise NoCompilerError(
+            f"the kernels cannot be built or loaded: {error}; set TMPDIR and PRUNEFLOW_CACHE to "
+            "folders that can be written to and run from"
+        ) from error
+
+
+def build(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Path:
+    """Build the shared library of the kernels.
+
+    Args:
+        compiler: How it is called.
+        flags: Of the optimizer and the machine.
+        folder: Where the library goes.
+
+    Raises:
+        NoCompilerError: If the compiler fails; says what it said.
+    """
+    library = folder / "kernels.so"
+    sources = [str(file) for file in sorted(KERNELS.glob("*.cpp"))]
+    _output([*compiler, *_ALWAYS, *flags, *sources, "-o", str(library)])
     return library
 
 
-@functools.cache
-def load(flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
-    """The kernels, built and loaded; see kernels/runtime.h for what they are called with.
+def _key(compiler: Sequence[str], flags: Sequence[str]) -> str:
+    version = _output([*compiler, "--version"])
+    sources = (file.read_text() for file in sorted(KERNELS.iterdir()))
+    return _digest("\0".join([*flags, version, _processor(), *sources]).encode())
 
-    Raises:
-        NoCompilerError: See `build`.
-    """
-    library = ctypes.CDLL(str(build(flags)))
-    library.pruneflow_run.restype = None
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
+
+
+def _kept(folder: Path, key: str) -> Path:
+    """The library in the cache; its name ends in the digest of what it holds."""
+    _refuse_open_to_others(folder)
+    for path in folder.glob(f"kernels-{key}-*.so"):
+        with suppress(OSError):
+            _refuse_open_to_others(path)
+            if path.stem.endswith(_digest(path.read_bytes())):
+                return path
+    raise FileNotFoundError(f"{folder} has no such library")
+
+
+def _keep(built: Path, folder: Path, key: str) -> Path:
+    """Put a library into the cache, whole or not at all, beside others who do the same."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_open_to_others(folder)
+    sweep(folder, ".so")
+    content = built.read_bytes()
+    path = folder / f"kernels-{key}-{_digest(content)}.so"
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".kernels-", suffix=".partial.so")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+def _refuse_open_to_others(path: Path) -> None:
+    """Raise a PermissionError if anybody but this user owns `path` or may write to it."""
+    about = path.stat()
+    mine = about.st_uid == os.geteuid()
+    if not mine or about.st_mode & 0o022:
+        open_to = f"may be written to by others, until you run chmod go-w {path}"
+        raise PermissionError(f"{path} {open_to if mine else 'belongs to another user'}")
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     library.pruneflow_run.argtypes = [ctypes.c_void_p] * 4
     library.pruneflow_step_bytes.restype = ctypes.c_int64
     assert library.pruneflow_step_bytes() == STEP.itemsize

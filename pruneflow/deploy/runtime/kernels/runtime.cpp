@@ -138,9 +138,13 @@ int pruneflow_lanes() { return LANES; }
 int pruneflow_registers() { return REGISTERS; }
 int64_t pruneflow_step_bytes() { return sizeof(Step); }
 
-void pruneflow_run(const Call *call, const float *in, float *out, float *arena) {
+int pruneflow_threads(int threads) {
+    return !Pool::instance().run(threads, [](void *, int) {}, nullptr);
+}
+
+int pruneflow_run(const Call *call, const float *in, float *out, float *arena) {
     const int threads = int(call->threads);
     Run run{*call, in, out, arena, Barrier(threads)};
-    Pool::instance().run(threads, work, &run);
+    return !Pool::instance().run(threads, work, &run);
 }
 }

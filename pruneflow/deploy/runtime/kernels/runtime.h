@@ -105,5 +105,6 @@ extern "C" {
 int pruneflow_lanes();
 int pruneflow_registers();
 int64_t pruneflow_step_bytes();
-void pruneflow_run(const Call *call, const float *in, float *out, float *arena);
+int pruneflow_threads(int threads); // 0 if so many can be started
+int pruneflow_run(const Call *call, const float *in, float *out, float *arena); // 0 if it ran
 }

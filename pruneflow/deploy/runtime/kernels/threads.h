@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <unistd.h>
 #if defined(__x86_64__)
@@ -59,11 +60,16 @@ class Pool {
         return *pool;
     }
 
-    // Calls work(context, 0 .. threads - 1), the first of them here.
-    void run(int threads, Work given_work, void *given_context) {
+    // Calls work(context, 0 .. threads - 1), the first of them here. False, and nothing is called, if
+    // the system does not give so many threads.
+    bool run(int threads, Work given_work, void *given_context) {
         std::lock_guard<std::mutex> one_at_a_time(running);
-        for (; started < threads - 1; ++started)
-            std::thread(&Pool::serve, this, started + 1, epoch.load()).detach();
+        try {
+            for (; started < threads - 1; ++started)
+                std::thread(&Pool::serve, this, started + 1, epoch.load()).detach();
+        } catch (const std::system_error &) {
+            return false;
+        }
         if (threads > 1) {
             {
                 std::lock_guard<std::mutex> lock(sleeping);
@@ -79,6 +85,7 @@ class Pool {
             if (spins > 100)
                 std::this_thread::yield();
         }
+        return true;
     }
 
   private:

@@ -1,0 +1,71 @@
+"""What a `state_dict` says beside its tensors: of each module, the version of what it holds.
+
+PyTorch keeps that in an attribute, `_metadata`, which files of tensors alone lose; but networks
+such as torchvision's MNASNet refuse a `state_dict` without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+_KEY = "pruneflow.modules"  # in the metadata of a safetensors file
+
+
+def described(state_dict: Mapping[str, Tensor], prefix: str = "") -> str | None:
+    """What a `state_dict` says of its modules below a prefix, as JSON; None if it says nothing.
+
+    Example:
+        >>> from torch import nn
+        >>> described(nn.BatchNorm1d(2).state_dict())
+        '{"":{"version":2}}'
+    """
+    modules: Mapping[str, Mapping[str, Any]] = getattr(state_dict, "_metadata", None) or {}
+    plain = {
+        f"{module}."[len(prefix) : -1]: {
+            key: value for key, value in about.items() if isinstance(value, int | str)
+        }
+        for module, about in modules.items()
+        if f"{module}.".startswith(prefix)
+    }
+    return json.dumps(plain, separators=(",", ":")) if plain else None
+
+
+def with_description(tensors: Mapping[str, Tensor], text: str | None) -> OrderedDict[str, Tensor]:
+    """A `state_dict` that says of its modules what `described` gave.
+
+    Raises:
+        ValueError: If that is no such text.
+    """
+    state_dict: Any = OrderedDict(tensors)
+    if text is not None:
+        modules = json.loads(text)
+        if not isinstance(modules, dict) or not all(isinstance(m, dict) for m in modules.values()):
+            raise ValueError("what it says of its modules is no mapping of mappings")
+        state_dict._metadata = OrderedDict(modules)
+    result: OrderedDict[str, Tensor] = state_dict
+    return result
+
+
+def safetensors_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """What goes into the metadata of a safetensors file, for `load_safetensors` to find it."""
+    text = described(state_dict)
+    return {} if text is None else {_KEY: text}
+
+
+def load_safetensors(path: str | Path) -> OrderedDict[str, Tensor]:
+    """Read a safetensors file as the `state_dict` it was written from.
+
+    Raises:
+        safetensors.SafetensorError: If it is no such file.
+        ValueError: If what it says of its modules is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return with_description(tensors, (file.metadata() or {}).get(_KEY))
