@@ -45,8 +45,8 @@ def sparse_compile(
     It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, Sigmoid, Hardsigmoid, SiLU,
     Hardswish, additions, products (squeeze-and-excitation), scales and offsets of channels, max,
     average and adaptive average pooling, zero padding, concatenation, flattening and dropout, as
-    modules or functions, and subclasses that add some of these to a layer. The result takes any batch size, and pictures of the size of the
-    example; compile once for each size.
+    modules or functions, and subclasses that add some of these to a layer. The result takes any
+    batch size, and pictures of the size of the example; compile once for each size.
 
     Args:
         model: A float32 model on the CPU; it is left as it is and used in evaluation mode.
@@ -91,7 +91,7 @@ def sparse_compile(
     dense = copy.deepcopy(model).eval().requires_grad_(False)
     network = capture(dense, example_input)
     try:
-        kernels = toolchain.load()
+        kernels = toolchain.load(toolchain.FLAGS)
     except toolchain.NoCompilerError as error:
         warnings.warn(
             f"the model stays dense, as its kernels cannot be built: {error}. Install g++ or "
