@@ -69,12 +69,12 @@ class Entry:
         name = self.name
         expect(isinstance(name, str), f"the name {name!r} is no text")
         shaped = _are_counts(self.shape) and len(self.shape) <= _MOST_DIMENSIONS
-        expect(shaped, f"the shape of {name!r} is none")
-        counts = [self.kept, self.start, self.crc32]
-        expect(_are_counts(counts), f"{name!r} has counts that are none: {counts}")
+        expect(shaped, f"the shape of {name!r} is no list of sizes")
+        counts = _are_counts([self.kept, self.start, self.crc32])
+        expect(counts, f"what is counted of {name!r} is no whole number")
         pairs = isinstance(self.streams, list) and all(map(_are_counts, self.streams))
         pairs = pairs and all(len(pair) == 2 for pair in self.streams)
-        expect(pairs, f"the streams of {name!r} are none")
+        expect(pairs, f"the streams of {name!r} are no pairs of lengths")
         for dtype in (self.dtype, self.values):
             known = isinstance(dtype, str) and dtype in DTYPES
             expect(known, f"{dtype!r} is no dtype of this PyTorch")

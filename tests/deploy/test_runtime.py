@@ -1,6 +1,7 @@
 import copy
 import ctypes
 import dataclasses
+import functools
 import math
 import multiprocessing
 import operator
@@ -625,7 +626,7 @@ def kernels(tmp_path_factory):
 def cache(monkeypatch, tmp_path, kernels):
     """An empty cache, nothing loaded before, and a compiler that takes no time."""
     monkeypatch.setenv("PRUNEFLOW_CACHE", str(tmp_path / "kernels"))
-    monkeypatch.setattr(toolchain, "load", toolchain.load.__wrapped__)
+    monkeypatch.setattr(toolchain, "load", functools.cache(toolchain.load.__wrapped__))
     monkeypatch.setattr(toolchain, "build", lambda _, __, to: Path(shutil.copy(kernels, to)))
     return tmp_path / "kernels"
 
@@ -647,6 +648,7 @@ def test_a_library_is_built_once_and_only_its_user_may_touch_it(cache, monkeypat
     (library,) = cache.iterdir()
     assert cache.stat().st_mode & 0o777 == 0o700 and library.stat().st_mode & 0o777 == 0o600
     monkeypatch.setattr(toolchain, "build", None)
+    toolchain.load.cache_clear()
     toolchain.load(FAST)
 
 
@@ -728,6 +730,7 @@ def test_a_library_of_another_user_is_not_loaded(cache, monkeypatch):
     toolchain.load(FAST)
     folders = from_where(monkeypatch)
     other = os.geteuid() + 1
+    toolchain.load.cache_clear()
     monkeypatch.setattr(os, "geteuid", lambda: other)
     with pytest.warns(UserWarning, match="belongs to another user"):
         toolchain.load(FAST)
@@ -743,6 +746,15 @@ def test_a_cache_that_nothing_can_be_run_from(cache, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", refused)
     with pytest.warns(UserWarning, match="failed to map segment"):
         assert toolchain.load(FAST).pruneflow_lanes()
+
+
+def test_a_model_that_is_compiled_without_a_cache_gets_one_warning(cache):
+    open_to_all(cache)
+    model, batch = nn.Conv2d(3, 2, 3), torch.randn(2, 3, 5, 5)
+    with pytest.warns(UserWarning, match="chmod go-w") as warned:
+        fast = sparse_compile(model, batch)
+    assert len(warned) == 1
+    torch.testing.assert_close(fast(batch), model(batch))
 
 
 def test_without_any_folder_the_model_stays_dense(cache, monkeypatch):

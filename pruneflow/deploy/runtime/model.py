@@ -98,7 +98,7 @@ def sparse_compile(
     dense = copied(model).eval().requires_grad_(False)
     network = capture(dense, example_input)
     try:
-        kernels = toolchain.load()
+        kernels = toolchain.load(toolchain.FLAGS)
     except toolchain.NoCompilerError as error:
         warnings.warn(
             f"the model stays dense, as its kernels cannot be built: {error}. Install g++ or "
