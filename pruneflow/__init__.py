@@ -7,6 +7,7 @@ from pruneflow.costs import latency, multiply_adds
 from pruneflow.granularity import NM, Block, Channels
 from pruneflow.importance import Context, Given, Random, magnitude, taylor
 from pruneflow.importers import fold, fold_model
+from pruneflow.layer_types import register_layer
 from pruneflow.masking import InPlace, Reparametrize
 from pruneflow.masks import MaskSet, compute_masks
 from pruneflow.plan import Clock, Plan
@@ -73,6 +74,7 @@ __all__ = [
     "load_classifier",
     "magnitude",
     "multiply_adds",
+    "register_layer",
     "remove_channels",
     "sparsity",
     "sparsity_report",

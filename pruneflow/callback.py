@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from pruneflow.arguments import check_arguments
-from pruneflow.companions import check_averages, check_disjoint, denser_choices
+from pruneflow.arguments import check_arguments, plain_costs
+from pruneflow.companions import LearningRates, check_averages, check_disjoint, denser_choices
 from pruneflow.costs import Costs
 from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
@@ -17,19 +19,21 @@ from pruneflow.importance import Importance, magnitude, needs_gradients
 from pruneflow.logged import Logged
 from pruneflow.masking import Masking
 from pruneflow.masks import MaskSet
-from pruneflow.parameters import Pattern
+from pruneflow.parameters import Pattern, locate
 from pruneflow.plan import Clock, Plan, has_rounds
 from pruneflow.processes import decide
 from pruneflow.pruner import Pruner
 from pruneflow.resuming import VERSION, check_state, method_state
 from pruneflow.rewinding import LearningRateSnapshot, OptimizerState, check_optimizer_state
-from pruneflow.schedules import ScheduleLike
+from pruneflow.schedules import ScheduleLike, plain_number
 from pruneflow.scope import Scope
 from pruneflow.torch_methods import TorchMethod
 from pruneflow.trainers import (
     averaged_models,
+    check_steps,
     check_strategy,
     example_input,
+    let_go,
     schedulers,
     training_length,
 )
@@ -66,11 +70,14 @@ class PruningCallback(L.Callback):
         steps_per_round: Steps from one round to the next.
         masking: How masks are held; `InPlace()` unless given.
         rewind: `"learning_rate"` starts the learning-rate schedule again in every round, from where
-            it stood when training began; None leaves it alone.
+            it stood when training began (for parameter groups and schedulers that came later, when
+            they came); None leaves it alone.
         optimizer_state: What happens to momentum and the like after each prune: `"zero_pruned"`,
             `"reset"` or `"keep"`; see `Pruner`.
         from_zeros: Hold the exact zeros that the weights have when training starts, to go on with
             an already sparse model. The schedule counts them: its first round has to reach them.
+            Tensors that are zero throughout are taken for untrained ones and left dense, unless
+            this is `"all"`.
 
     Raises:
         ValueError: At construction, for arguments out of range or epochs and steps together; when
@@ -103,8 +110,9 @@ class PruningCallback(L.Callback):
         masking: Masking | None = None,
         rewind: Literal["learning_rate"] | None = None,
         optimizer_state: OptimizerState = "zero_pruned",
-        from_zeros: bool = False,
+        from_zeros: bool | Literal["all"] = False,
     ) -> None:
+        schedule = plain_number(schedule)
         check_arguments(schedule, importance, gradients, rewind, from_zeros=from_zeros)
         check_optimizer_state(optimizer_state)
         self.schedule = schedule
@@ -113,7 +121,7 @@ class PruningCallback(L.Callback):
         self.importance = importance
         self.gradients = gradients
         self.granularity = granularity
-        self.costs = costs
+        self.costs = costs if costs is None or callable(costs) else plain_costs(costs)
         self.scope = scope
         self.include = include
         self.exclude = exclude
@@ -123,7 +131,7 @@ class PruningCallback(L.Callback):
         self.from_zeros = from_zeros
         self.plan: Plan | None = None
         self.pruner: Pruner | None = None
-        self._model: L.LightningModule | None = None
+        self._model: weakref.ref[L.LightningModule] | None = None  # of the last fit
         self._restored: Mapping[str, Any] | None = None
         self._start_over()
 
@@ -134,6 +142,15 @@ class PruningCallback(L.Callback):
         self._learning_rate: LearningRateSnapshot | None = None
         self._logged = Logged()
         self._costs: Mapping[str, float] | None = None
+        self._validated = False  # since the last training step
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that is spawned gets the model as well, and has to know it again.
+        return vars(self) | {"_model": self._model and self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]
+        vars(self).update(state | {"_model": model and weakref.ref(model)})
 
     @property
     def state_key(self) -> str:
@@ -153,6 +170,12 @@ class PruningCallback(L.Callback):
     def cost_per_weight(self) -> Mapping[str, float] | None:
         """Qualified name -> cost of each weight; None where weights are counted, or before fit."""
         return self._costs if callable(self.costs) else self.costs
+
+    @torch.inference_mode(False)
+    def enforce(self) -> None:
+        """Zero what is pruned once more, should anything have put other weights in its place."""
+        if self.pruner is not None and self.pruner.masking.held:
+            self.pruner.hold(self.pruner.masks)
 
     # -- Lightning calls these, in this order -----------------------------------------------------
 
@@ -178,9 +201,9 @@ class PruningCallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lay the plan, check it against model and training, and print it."""
         check_strategy(trainer)
-        if self._model is not pl_module:
+        if self._model is None or self._model() is not pl_module:
             self._start_over()
-        self._model = pl_module
+        self._model = weakref.ref(pl_module)
         self._learning_rate = None  # of another fit's optimizers
         finished = self.plan is not None and self.round == len(self.plan.rounds)
         granularity, given = self.granularity, None
@@ -193,7 +216,7 @@ class PruningCallback(L.Callback):
             if example is None:
                 example = example_input(trainer, pl_module)
             # Times differ from process to process.
-            self._costs = decide(lambda: measure(pl_module, example), [])
+            self._costs = decide(lambda: plain_costs(measure(pl_module, example)), [])
         self.pruner = Pruner(
             pl_module,
             importance=self.importance,
@@ -213,6 +236,7 @@ class PruningCallback(L.Callback):
         else:
             length = training_length(trainer, pl_module, self.clock, has_rounds(self.schedule))
             self.plan = Plan.lay(self.schedule, self.clock, length)
+            check_steps(trainer, pl_module, self.plan)
             if self.plan.rounds:
                 self.pruner.check(self.plan.rounds[-1].sparsity)
             table = self.plan.table(None if self.costs else self.pruner.weights)
@@ -221,6 +245,8 @@ class PruningCallback(L.Callback):
                 rank_zero_warn(message)
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
+        if self.pruner.selection.dense:
+            rank_zero_info(self.pruner.selection.describe_dense())
         check_averages(trainer, self.masking)
         check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
         self._take_restored()
@@ -230,13 +256,18 @@ class PruningCallback(L.Callback):
         assert self.plan is not None and self.pruner is not None  # made when fit began
         self._take_restored()  # some strategies load a checkpoint only now
         self._logged.epoch = None  # none of this fit yet
-        if self.rewind and self._learning_rate is None:
-            self._learning_rate = LearningRateSnapshot(trainer.optimizers, schedulers(trainer))
+        self._rates = LearningRates(trainer.optimizers)
+        if self.rewind:
+            if self._learning_rate is None:
+                self._learning_rate = LearningRateSnapshot([], [])
+            self._learning_rate.follow(trainer.optimizers, schedulers(trainer))
+            if trainer.checkpoint_callbacks:
+                self._learning_rate.state()  # refuses now what the first checkpoint would
         if self._masks:
             self.pruner.admit(self._scored)
             self.pruner.hold(MaskSet.from_state(self._masks))
         elif self.from_zeros:
-            self.pruner.hold_zeros()
+            self.pruner.hold_zeros(empty=self.from_zeros == "all")
             self.plan.check_start(self.pruner.removed)
         self._mask_averages(trainer)
         self._logged.measure(self.pruner, self.round)
@@ -249,6 +280,7 @@ class PruningCallback(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune if a round is due at this epoch; log the sparsity of the epoch."""
+        self._rates.note(trainer.optimizers)
         if self.clock.unit == "epoch":
             self._run_due_rounds(trainer)
         self._logged.log(trainer, pl_module, _logged(trainer))
@@ -259,6 +291,11 @@ class PruningCallback(L.Callback):
         """Prune if a round is due at this step."""
         assert self.pruner is not None  # made when fit began
         self.pruner.follow(trainer.optimizers)
+        if self._validated:
+            self.enforce()
+            self._validated = False
+        if self._learning_rate is not None:
+            self._learning_rate.follow(trainer.optimizers, schedulers(trainer))
         # A training that resumes within an epoch does not start it, but has to prune and log.
         if self._run_due_rounds(trainer) or self._logged.epoch != trainer.current_epoch:
             self._logged.log(trainer, pl_module, _logged(trainer))
@@ -268,6 +305,19 @@ class PruningCallback(L.Callback):
         if self.pruner is not None and not (trainer.sanity_checking or trainer.barebones):
             # Not to the logger, which gets the same numbers at the epoch's end.
             self._logged.log_totals(pl_module, _logged(trainer), logger=False)
+        self._validated = True
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Mask once more, as some optimizers put other weights in place for validation."""
+        if batch_idx == 0:
+            self.enforce()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
@@ -310,6 +360,11 @@ class PruningCallback(L.Callback):
             self._remove()
         except Exception as error:
             exception.add_note(f"pruneflow could not remove its masks after this: {error!r}")
+        let_go(self)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep no hold on the model."""
+        let_go(self)
 
     # ---------------------------------------------------------------------------------------------
 
@@ -341,6 +396,8 @@ class PruningCallback(L.Callback):
         self._logged.measure(self.pruner, self.round)
         if self._learning_rate is not None:
             self._learning_rate.restore(trainer.optimizers, schedulers(trainer))
+        elif message := self._rates.decayed(self.plan, due, trainer.optimizers):
+            rank_zero_warn(message)
         return True
 
     def _mask_averages(self, trainer: L.Trainer) -> None:
@@ -367,17 +424,17 @@ class PruningCallback(L.Callback):
                 f"{', '.join(map(repr, state['others']))}; resume with the same `include` and "
                 "`exclude`, or start from its weights with `from_zeros=True`"
             )
-        assert self.plan is not None
+        assert self.plan is not None and self.pruner is not None  # made when fit began
         check_state(
             state,
             self.plan.state(),
             self._method(),
+            {name: slot.parameter for name, slot in locate(self.pruner.model).items()},
             longer_is_other=has_rounds(self.schedule),
         )
         self.round = state["round"]
         self._masks, self._scored = state["masks"], state["names"]
         if state["costs"] is not None:  # measured, so another measurement would find others
-            assert self.pruner is not None
             self._costs = self.pruner.costs = state["costs"]
         saved = state["learning_rate"]
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None
@@ -388,6 +445,8 @@ class PruningCallback(L.Callback):
                 self._masks, self._scored = self.pruner.masks.state(), list(self.pruner.scored)
             self.pruner.remove()
             self.pruner = None
+        if self._learning_rate is not None:
+            self._learning_rate.release()
 
 
 def pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from pruneflow.callback import pruning_callbacks
+from pruneflow.trainers import let_go
 
 _REFUSED = {
     "save_top_k": "one checkpoint of each round is kept",
@@ -21,15 +23,17 @@ _REFUSED = {
     "enable_version_counter": "the checkpoints of two rounds never share a name",
 }
 
+_NAME, _MONITOR = 230, 150  # bytes
+
 
 class SparsityCheckpoint(ModelCheckpoint):
     """Keep the best checkpoint of each round, and call best only one that reaches the target.
 
     Stands beside a `PruningCallback` in place of a `ModelCheckpoint`, whose best model may well be
     an early, dense one. `best_model_path` is the best checkpoint since the plan's last round, and
-    empty until there is one, so `trainer.test(ckpt_path="best")` gets a model at the target (of
-    several checkpoint callbacks Lightning asks the first). `best_of_rounds` has the path for each
-    round, 0 being the dense phase.
+    empty until there is one (a training that ends so says it), so `trainer.test(ckpt_path="best")`
+    gets a model at the target (of several checkpoint callbacks Lightning asks the first).
+    `best_of_rounds` has the path for each round, 0 being the dense phase.
 
     A checkpoint is written when a validation ends, with the weights that it measured (the averaged
     ones, if Lightning's `WeightAveraging` put them there), their masks and their round. It loads
@@ -45,8 +49,9 @@ class SparsityCheckpoint(ModelCheckpoint):
             `ModelCheckpoint`.
 
     Raises:
-        ValueError: At construction, for other options of `ModelCheckpoint`; when `fit` begins,
-            without a PruningCallback or validation; when a validation did not log the metric.
+        ValueError: At construction, for other options of `ModelCheckpoint` and names that are too
+            long; when `fit` begins, without a PruningCallback or validation; when a validation did
+            not log the metric.
 
     Example:
         >>> from pruneflow import Compounding, PruningCallback
@@ -79,7 +84,8 @@ class SparsityCheckpoint(ModelCheckpoint):
             )
         if filename is None:
             # A slash in the metric's name would make a folder.
-            filename = f"sparsity={{sparsity:.4f}}-{monitor.replace('/', '_')}={{{monitor}:.4f}}"
+            name = monitor.replace("/", "_").encode()[:_MONITOR].decode(errors="ignore")
+            filename = f"sparsity={{sparsity:.4f}}-{name}={{{monitor}:.4f}}"
             options["auto_insert_metric_name"] = False
         super().__init__(
             dirpath,
@@ -89,8 +95,20 @@ class SparsityCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
             **options,
         )
+        self._check_names(filename)
         self._best: dict[int, dict[str, Tensor]] = {}  # round -> {path: metric}, at most one each
         self._before: Tensor | None = None
+
+    def _check_names(self, filename: str) -> None:
+        made = self._format_checkpoint_name(
+            filename, {}, auto_insert_metric_name=self.auto_insert_metric_name
+        )
+        longest = max(len(part.encode()) for part in made.split("/"))
+        if longest > _NAME:
+            raise ValueError(
+                f"`filename` must make names of at most {_NAME} bytes (file systems take 255, an "
+                f"ending comes), got {longest} for {filename!r}; shorten it"
+            )
 
     @property
     def best_of_rounds(self) -> dict[int, str]:
@@ -111,6 +129,12 @@ class SparsityCheckpoint(ModelCheckpoint):
                 f"`monitor` is expected to be a metric that validation logs, but {self.monitor!r} "
                 "came and the training has no validation; add one, or use ModelCheckpoint"
             )
+        if _ends_unvalidated(trainer):
+            rank_zero_warn(
+                "No validation will follow the last round (`check_val_every_n_epoch`="
+                f"{trainer.check_val_every_n_epoch}, `max_epochs`={trainer.max_epochs}), so no "
+                "checkpoint will be at the target; validate more often, or train longer"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start over, unless this training goes on from a checkpoint."""
@@ -118,6 +142,29 @@ class SparsityCheckpoint(ModelCheckpoint):
         if trainer.ckpt_path is None:
             self._best = {}
             self.best_model_path, self.best_model_score = "", None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so where nothing has measured the last round."""
+        super().on_train_end(trainer, pl_module)
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not self.best_model_path and _finished(trainer) and not trial:
+            rank_zero_warn(
+                "No validation followed the last round, so `best_model_path` is empty, though the "
+                "model is at the target; save that, and next time validate more often "
+                "(`check_val_every_n_epoch`, `val_check_interval`) or train longer"
+            )
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Keep no hold on the model."""
+        super().on_exception(trainer, pl_module, exception)
+        let_go(self)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep no hold on the model."""
+        super().teardown(trainer, pl_module, stage)
+        let_go(self)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember the metric from before, to tell it from the one to come."""
@@ -159,6 +206,12 @@ class SparsityCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; or start over in another folder, which ModelCheckpoint says."""
+        lacking = [f"no `{key}`" for key in self.state_dict() if key not in state_dict]
+        if lacking:
+            raise ValueError(
+                "the checkpoint's state of SparsityCheckpoint must be whole, got "
+                f"{', '.join(lacking)}; resume from another, or without SparsityCheckpoint"
+            )
         super().load_state_dict(state_dict)
         self._best = state_dict["best_of_rounds"] if state_dict["dirpath"] == self.dirpath else {}
 
@@ -167,9 +220,29 @@ class SparsityCheckpoint(ModelCheckpoint):
         return trainer.callback_metrics.get(self.monitor)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        if not all(p.plan and p.round == len(p.plan.rounds) for p in pruning_callbacks(trainer)):
+        if not _finished(trainer):
             self.best_model_path, self.best_model_score = "", None
+        for pruning in pruning_callbacks(trainer):
+            pruning.enforce()  # what the validation ran on may have been put back by now
         super()._save_checkpoint(trainer, filepath)
+
+
+def _finished(trainer: L.Trainer) -> bool:
+    return all(p.plan and p.round == len(p.plan.rounds) for p in pruning_callbacks(trainer))
+
+
+def _ends_unvalidated(trainer: L.Trainer) -> bool:
+    """Whether it is known ahead that no validation follows the last round."""
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if every is None or epochs in (None, -1) or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return False
+    plans = [(p.plan, p.round) for p in pruning_callbacks(trainer) if p.plan]
+    to_come = [
+        plan.rounds[-1].at
+        for plan, done in plans
+        if plan.unit == "epoch" and done < len(plan.rounds)
+    ]
+    return epochs // every * every <= max(to_come, default=0)
 
 
 def _round(trainer: L.Trainer) -> int:

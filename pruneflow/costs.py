@@ -5,29 +5,29 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pruneflow.channels.analysis import evaluating
-from pruneflow.parameters import locate
-from pruneflow.sparsity import COUNTED, multiply_adds_per_module
+from pruneflow.parameters import Slot, locate
+from pruneflow.running import Example, call, evaluating, tensors_in
+from pruneflow.sparsity import COUNTED, multiply_adds_by_weight
 
-Costs = Callable[[nn.Module, Tensor], Mapping[str, float]]
+Costs = Callable[[nn.Module, Example], Mapping[str, float]]
 
 
-def multiply_adds(model: nn.Module, example_input: Tensor) -> dict[str, float]:
-    """How many multiply-adds each weight of a convolution or Linear takes part in.
+def multiply_adds(model: nn.Module, example_input: Example) -> dict[str, float]:
+    """How many multiply-adds each weight takes part in: of convolutions, Linear, or other layers.
 
     That is how often it is used in one forward pass, on as many places of an image: in early layers
     often, in late ones rarely.
 
     Args:
         model: The model; run once in evaluation mode.
-        example_input: A batch of what it takes.
+        example_input: A batch of what it takes: a tensor, a tuple of positional arguments or a dict
+            of keyword arguments.
 
     Returns:
         Qualified name -> multiply-adds of each weight of that tensor.
@@ -37,10 +37,15 @@ def multiply_adds(model: nn.Module, example_input: Tensor) -> dict[str, float]:
         >>> multiply_adds(model, torch.zeros(1, 1, 4, 4))
         {'0.weight': 16.0, '2.weight': 1.0}
     """
-    return _per_weight(model, multiply_adds_per_module(model, example_input))
+    _, counts = multiply_adds_by_weight(model, example_input)
+    return {
+        name: counts.get(name, 0) / slot.parameter.numel()
+        for name, slot in locate(model).items()
+        if name in counts or _is_counted(slot)
+    }
 
 
-def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 20) -> dict[str, float]:
+def latency(model: nn.Module, example_input: Example, *, repeats: int = 20) -> dict[str, float]:
     """How many seconds each weight of a convolution or Linear takes, measured here and now.
 
     A layer's time, the median of its runs in the dense model as PyTorch executes it, is shared out
@@ -49,7 +54,8 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 20) -> di
 
     Args:
         model: The model; run in evaluation mode.
-        example_input: A batch of what it takes, of the size and on the device to be fast on.
+        example_input: A batch of what it takes, of the size and on the device to be fast on: a
+            tensor, a tuple of positional arguments or a dict of keyword arguments.
         repeats: Runs, after two that do not count.
 
     Returns:
@@ -61,43 +67,42 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 20) -> di
         (['0.weight'], True)
     """
     model = getattr(model, "_orig_mod", model)  # hooks would make torch.compile start over
-    seconds: dict[str, list[float]] = defaultdict(list)
-    began: dict[str, float] = {}
+    devices = {tensor.device for tensor in tensors_in(example_input) if tensor.is_cuda}
+    seconds: dict[nn.Module, list[float]] = defaultdict(list)
+    began: dict[nn.Module, float] = {}
 
     def now() -> float:
-        if example_input.is_cuda:
-            torch.cuda.synchronize(example_input.device)
+        for device in devices:
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    def begin(name: str, *_: Any) -> None:
-        began[name] = now()
+    def begin(module: nn.Module, *_: Any) -> None:
+        began[module] = now()
 
-    def end(name: str, *_: Any) -> None:
-        seconds[name].append(now() - began[name])
+    def end(module: nn.Module, *_: Any) -> None:
+        seconds[module].append(now() - began[module])
 
-    handles = []
-    try:
-        for name, module in model.named_modules():
+    with evaluating(model, example_input):  # at the end of which the hooks are gone
+        for module in model.modules():
             if isinstance(module, COUNTED):
-                handles.append(module.register_forward_pre_hook(partial(begin, name)))
-                handles.append(module.register_forward_hook(partial(end, name)))
-        with evaluating(model, example_input):
-            for _ in range(2 + repeats):
-                model(example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    runs = {name: len(times) // (2 + repeats) for name, times in seconds.items()}
-    medians = {name: statistics.median(t[2 * runs[name] :]) for name, t in seconds.items()}
-    return _per_weight(model, {name: runs[name] * median for name, median in medians.items()})
-
-
-def _per_weight(model: nn.Module, per_module: Mapping[str, float]) -> dict[str, float]:
-    prefixes = {module: name for name, module in model.named_modules()}
+                module.register_forward_pre_hook(begin)
+                module.register_forward_hook(end)
+        for _ in range(2 + repeats):
+            call(model, example_input)
     costs = {}
     for name, slot in locate(model).items():
-        if isinstance(slot.module, COUNTED) and slot.attribute == "weight":
+        if _is_counted(slot):
             modules = [slot.module, *(module for _, module, _ in slot.others)]
-            total = sum(per_module.get(prefixes[module], 0) for module in modules)
+            total = sum(_median(seconds[module], 2 + repeats) for module in modules)
             costs[name] = total / slot.parameter.numel()
     return costs
+
+
+def _median(seconds: Sequence[float], passes: int) -> float:
+    """Of all passes but two, the seconds of a layer that is called as often in each."""
+    calls = len(seconds) // passes
+    return calls * statistics.median(seconds[2 * calls :]) if calls else 0.0
+
+
+def _is_counted(slot: Slot) -> bool:
+    return isinstance(slot.module, COUNTED) and slot.attribute == "weight"

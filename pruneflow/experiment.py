@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import lightning as L
 from filelock import FileLock
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels
 from pruneflow.history import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
 from pruneflow.importance import needs_gradients
+from pruneflow.loggers import one_run
 from pruneflow.models import Classifier, load_weights
 from pruneflow.parameters import select
 from pruneflow.plan import Clock, Plan
@@ -98,6 +101,7 @@ class Experiment:
         self.command = command
         self.seconds: dict[str, float] = {}
         self.test_batches = 0
+        self.step = 0
         self.resume: bool = config.resume and (folder / "config.yaml").exists()
         for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
             check_whole(checkpoint)
@@ -110,6 +114,7 @@ class Experiment:
         )
         self.plan, clock = self._lay_plan()
         trainer = check_trainer(config.trainer)
+        self.logger: Logger | None = build(config, "logger")
         L.seed_everything(config.seed, verbose=False)
         with self._timed("data"):
             self.data = build_data(config.data, trainer)
@@ -153,13 +158,11 @@ class Experiment:
             rewind=config.pruning.rewind,
             optimizer_state=config.pruning.optimizer_state,
         )
-        with building("optimizer"):
-            instantiate(config.optimizer)(self.network.parameters())
         # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
         for epochs in filter(None, (config.dense.epochs, self.schedule_epochs)):
-            self._classifier(self.network, epochs).configure_optimizers()  # refuses what is off
+            self._check_training(epochs)
 
     def run(self) -> Facts:
         """Run all stages and write the run folder.
@@ -183,13 +186,22 @@ class Experiment:
         with write_whole(self.folder / "config.yaml") as path:
             OmegaConf.save(self.config, path, resolve=True)
 
+        settings: Any = OmegaConf.to_container(self.config, resolve=True)
+        with one_run(self.logger, settings) if self.logger else nullcontext():
+            return self._run_stages()
+
+    # -- stages -----------------------------------------------------------------------------------
+
+    def _run_stages(self) -> Facts:
         rows, cached = self._dense_phase()
         dense = copy.deepcopy(self.network)
         rounds, rows = self._rounds(rows)
 
         with self._timed("test"):
+            _log.info("Testing the dense and the pruned network")
             dense_accuracies, _ = self._evaluate(dense)
             accuracies, tested = self._evaluate(self.network)
+        self._log_tests(dense_accuracies, accuracies)
         save_network(self.network, self.folder / "model.safetensors", metadata(self.description))
         self.example = save_example(self.data, self.folder / "example.png")
         with self._timed("deliver"):
@@ -198,8 +210,6 @@ class Experiment:
         write_report(self.folder, facts, rows)
         drop_checkpoints(self.folder)
         return facts
-
-    # -- stages -----------------------------------------------------------------------------------
 
     def _dense_phase(self) -> tuple[list[Row], bool]:
         target = self.folder / "checkpoints" / "dense.safetensors"
@@ -256,20 +266,27 @@ class Experiment:
     def _fit(
         self, stage: str, classifier: Any, start: int, end: int, rows: list[Row], *callbacks: Any
     ) -> list[Row]:
-        history = History(self.folder / "metrics.csv", stage, rows)
+        epochs = self.config.dense.epochs + self.config.pruning.epochs
+        history = History(self.folder / "metrics.csv", stage, rows, epochs)
         save = SaveEachEpoch(self._checkpoint(stage))
         trainer = self._trainer(start, end, *callbacks, history, save)
         trainer.fit(classifier, datamodule=self.data, ckpt_path=self._resume_from(stage))
-        self.seconds[stage] = history.seconds
+        self.seconds[stage], self.step = history.seconds, history.step
         return history.rows
 
     def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], Any]:
         classifier = self._classifier(network, 1)
-        trainer = self._trainer(0, 1, enable_progress_bar=False)
+        trainer = self._trainer(0, 1, enable_progress_bar=False, logger=False)
         validated = trainer.validate(classifier, datamodule=self.data, verbose=False)[0]
         tested = trainer.test(classifier, datamodule=self.data, verbose=False)[0]
         self.test_batches = int(trainer.num_test_batches[0])
         return {**validated, **tested}, classifier
+
+    def _log_tests(self, dense: dict[str, float], final: dict[str, float]) -> None:
+        if self.logger is not None:
+            tested = {key: value for key, value in final.items() if key.startswith("test_")}
+            before = {f"dense_{key}": dense[key] for key in tested}
+            self.logger.log_metrics({**before, **tested}, step=self.step)
 
     def _deliver(self, dense: nn.Module) -> list[Form]:
         settings = self.config.deploy
@@ -298,6 +315,13 @@ class Experiment:
         clock = Clock(start=self.config.dense.epochs, every=epochs // rounds)
         return Plan.lay(self.schedule, clock, clock.start + epochs), clock
 
+    def _check_training(self, epochs: int) -> None:
+        """Build what trains for so many epochs, which refuses what is off."""
+        self._classifier(self.network, epochs)
+        with building("optimizer"):
+            optimizer = instantiate(self.config.optimizer)(self.network.parameters())
+        instantiate(self.config.lr_scheduler, epochs=epochs)(optimizer)
+
     def _classifier(self, network: nn.Module, epochs: int) -> Any:
         scheduler = instantiate(self.config.lr_scheduler, epochs=epochs)
         return instantiate(self.config.classifier)(
@@ -308,16 +332,17 @@ class Experiment:
         )
 
     def _trainer(self, start: int, end: int, *callbacks: L.Callback, **overrides: Any) -> L.Trainer:
-        logger = instantiate(self.config.logger) if self.config.logger else False
-        trainer: L.Trainer = instantiate(
-            self.config.trainer,
-            max_epochs=end,
-            callbacks=[ReseedEachEpoch(self.config.seed), *callbacks],
-            logger=logger,
-            enable_checkpointing=False,
-            default_root_dir=str(self.folder),
-            **overrides,
-        )
+        settings: dict[str, Any] = {
+            "max_epochs": end,
+            "callbacks": [ReseedEachEpoch(self.config.seed), *callbacks],
+            "logger": self.logger or False,
+            "enable_checkpointing": False,
+            # Where there is no terminal its control sequences would be in the way.
+            "enable_progress_bar": sys.stdout.isatty()
+            and self.config.trainer.get("enable_progress_bar", True),
+            "default_root_dir": str(self.folder),
+        }
+        trainer: L.Trainer = instantiate(self.config.trainer, **(settings | overrides))
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # One clock for the whole run: the rounds go on counting where the dense phase ended.
         progress: Any = trainer.fit_loop.epoch_progress.current

@@ -35,8 +35,11 @@ def write_whole(path: Path) -> Iterator[Path]:
         ['plan.txt']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: savers such as matplotlib choose the format by it.
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    # The suffix stays last: savers such as matplotlib choose the format by it. File systems take
+    # names of 255 bytes.
+    room = 255 - len(f"..partial{path.suffix}".encode())
+    stem = path.stem.encode()[:room].decode(errors="ignore")
+    temporary = path.with_name(f".{stem}.partial{path.suffix}")
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()

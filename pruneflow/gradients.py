@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pruneflow.parameters import locate
 from pruneflow.processes import average_gradients
+from pruneflow.schedules import whole_number
 from pruneflow.trainers import training_batches
 
 
@@ -43,10 +44,13 @@ class Gradients:
     batches: int = 8
 
     def __post_init__(self) -> None:
-        if self.batches < 1:
+        batches = whole_number(self.batches)
+        if batches is None or batches < 1:
             raise ValueError(
-                f"`batches` is expected to be at least 1, but {self.batches!r} came; 8 is usual"
+                f"`batches` is expected to be a whole number of at least 1, but {self.batches!r} "
+                "came; 8 is usual"
             )
+        object.__setattr__(self, "batches", batches)
 
     def compute(self, trainer: L.Trainer) -> dict[str, Tensor | None]:
         """The mean gradient for every parameter, by qualified name; None where there is none.

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from pruneflow.channels.coupling import find_coupling
-from pruneflow.parameters import locate
+from pruneflow.channels.coupling import Coupling, find_coupling
+from pruneflow.layer_types import input_dim
+from pruneflow.parameters import Slot, locate, named_modules
+from pruneflow.running import Example
 from pruneflow.units import Blocks, CoupledChannels, Units
 
 
 @dataclass(frozen=True)
 class NM:
-    """Keep the `n` most important of each `m` neighbouring weights along dimension 1, the input.
+    """Keep the `n` most important of each `m` neighbouring weights along the input.
 
     2 of 4 is what NVIDIA's sparse tensor cores compute with. Rounds below the sparsity 1 - n/m,
-    which is the most there can be, prune from what is not among the `n` of its group.
+    which is the most there can be, prune from what is not among the `n` of its group. What was
+    pruned before stays pruned, so that a group that has less than `n` left keeps those, and the
+    last round ends a little above 1 - n/m.
 
     Args:
         n: How many of a group stay at least.
         m: Size of a group; the number of input channels or features has to be a multiple of it.
+        dims: Qualified name -> the dimension of that weight along which its layer multiplies, where
+            it is not 1. A Pruner knows it of PyTorch's layers and of those that `register_layer`
+            was told of.
 
     Raises:
         ValueError: If not 0 < n < m.
@@ -39,10 +46,35 @@ class NM:
 
     n: int
     m: int
+    dims: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise ValueError(f"`n` and `m` are expected to be 0 < n < m, but {self} came")
+
+    @property
+    def most(self) -> float:
+        """The sparsity at which all groups keep `n`."""
+        return 1 - self.n / self.m
+
+    def bind(self, slots: Mapping[str, Slot]) -> NM:
+        """The same with the dimensions along which these layers multiply.
+
+        Raises:
+            ValueError: Naming the tensors of layers of which that is not known.
+        """
+        dims = {name: input_dim(slot.module, slot.attribute) for name, slot in slots.items()}
+        dims |= self.dims
+        unknown = [
+            f"{name} ({type(slots[name].module).__name__})" for name in slots if dims[name] is None
+        ]
+        if unknown:
+            raise ValueError(
+                f"`granularity` {self} must know along which dimension a layer multiplies, got "
+                f"{', '.join(unknown)}; call `register_layer(type, name, input_dim=...)`, or "
+                "`exclude` them"
+            )
+        return replace(self, dims={name: dim for name, dim in dims.items() if dim is not None})
 
     def check(self, shapes: Mapping[str, torch.Size], sparsity: float) -> None:
         """Refuse tensors without whole groups, and what would take more than m - n of a group.
@@ -50,24 +82,44 @@ class NM:
         Raises:
             ValueError: Naming the tensors, or the sparsity.
         """
-        uneven = [f"{n} {tuple(s)}" for n, s in shapes.items() if len(s) < 2 or s[1] % self.m]
+        uneven = [
+            f"{name} {tuple(shape)}" for name, shape in shapes.items() if self._uneven(name, shape)
+        ]
         if uneven:
             raise ValueError(
                 f"`granularity` {self} is expected to get weights with a multiple of {self.m} "
-                f"inputs (dimension 1), but {', '.join(uneven)} came; `exclude` them"
+                f"inputs, but {', '.join(uneven)} came; `exclude` them"
             )
-        if sparsity > 1 - self.n / self.m:
+        if sparsity > self.most:
             raise ValueError(
-                f"`sparsity` is expected to be at most {1 - self.n / self.m:.6g} with {self}, but "
+                f"`sparsity` is expected to be at most {self.most:.6g} with {self}, but "
                 f"{sparsity!r} came; lower it, or keep fewer of each {self.m}"
             )
 
-    def protect(self, scores: Tensor) -> Tensor:
-        """Raise the `n` highest scores of each group, of equal ones the last, to infinity."""
-        groups = scores.movedim(1, -1).unflatten(-1, (-1, self.m))
+    def protect(self, name: str, scores: Tensor) -> Tensor:
+        """Raise the `n` highest scores of each group, of equal ones the last, to infinity.
+
+        A score of -inf, which marks what is pruned already, is left alone.
+
+        Raises:
+            ValueError: If scores of a shard do not hold whole groups.
+        """
+        if self._uneven(name, scores.shape):
+            raise ValueError(
+                f"`granularity` {self} must find whole groups in each shard, got {name} with "
+                f"{tuple(scores.shape)} in one process; `exclude` it, or take another number of "
+                "processes"
+            )
+        dim = self.dims.get(name, 1)
+        groups = scores.movedim(dim, -1).unflatten(-1, (-1, self.m))
         best = groups.argsort(dim=-1, stable=True)[..., self.m - self.n :]
-        protected: Tensor = groups.scatter(-1, best, torch.inf).flatten(-2).movedim(-1, 1)
-        return protected
+        protected = groups.scatter(-1, best, torch.inf).where(groups > -torch.inf, groups)
+        result: Tensor = protected.flatten(-2).movedim(-1, dim)
+        return result
+
+    def _uneven(self, name: str, shape: torch.Size) -> bool:
+        dim = self.dims.get(name, 1)
+        return len(shape) < 2 or len(shape) <= dim or shape[dim] % self.m != 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +175,9 @@ class Channels:
     removed no longer does.
 
     Args:
-        example_input: What the model takes, to follow the channels through its forward pass. None
-            for the `example_input_array` of a LightningModule.
+        example_input: What the model takes, to follow the channels through its forward pass: a
+            tensor, a tuple of positional arguments or a dict of keyword arguments. None for the
+            `example_input_array` of a LightningModule.
 
     Example:
         >>> from pruneflow import Pruner
@@ -139,7 +192,7 @@ class Channels:
         https://arxiv.org/abs/2301.12900.
     """
 
-    example_input: Tensor | None = field(default=None, repr=False)
+    example_input: Example | None = field(default=None, repr=False)
 
     def couple(self, model: nn.Module, names: Collection[str]) -> CoupledChannels:
         """Find the channels of a model that the pruning of some of its weights can remove.
@@ -152,16 +205,27 @@ class Channels:
             ValueError: If there is no example input, torch.fx cannot trace the model, or no channel
                 can be removed.
         """
-        if not isinstance(self.example_input, Tensor):
-            came = type(self.example_input).__name__
+        if self.example_input is None:
             raise ValueError(
-                f"`example_input` is expected to be a tensor the model takes, but {came} came; "
-                "give Channels(example_input), or set `self.example_input_array` in the "
-                "LightningModule"
+                "`example_input` must be what the model takes, got None; give "
+                "Channels(example_input), or set `self.example_input_array` in the LightningModule"
             )
+        coupling = _by_plain_names(find_coupling(model, self.example_input), model)
         shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
-        coupling = find_coupling(model, self.example_input)
         return CoupledChannels(coupling, shapes, names)
+
+
+def _by_plain_names(coupling: Coupling, model: nn.Module) -> Coupling:
+    """The coupling by canonical names, as wrappers within the model put others into its graph."""
+    pairs = zip(model.named_modules(), named_modules(model), strict=True)
+    plain = {path: name for (path, _), (name, _) in pairs}
+
+    def renamed(member: tuple[str, int]) -> tuple[str, int]:
+        owner, _, attribute = member[0].rpartition(".")
+        return f"{plain.get(owner, owner)}.{attribute}".lstrip("."), member[1]
+
+    members = {renamed(member): unit for member, unit in coupling.members.items()}
+    return replace(coupling, members=members, writes=frozenset(map(renamed, coupling.writes)))
 
 
 Granularity = NM | Block | Channels

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import logging
+import math
 import random
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ import torch
 
 from pruneflow.callback import PruningCallback
 from pruneflow.files import write_whole
+
+_log = logging.getLogger(__name__)
+_log_file = logging.getLogger(f"{__name__}.file")  # which conf/config.yaml shows to no terminal
 
 Row = dict[str, float | str | None]
 
@@ -31,7 +37,7 @@ COLUMNS = (
 
 
 class History(L.Callback):
-    """Write one row an epoch to a CSV file, whole each time.
+    """Write one row an epoch to a CSV file, whole each time, and log it as a line.
 
     Checkpoints hold the rows, so training that resumes cuts the file back to where it resumes.
 
@@ -39,29 +45,41 @@ class History(L.Callback):
         path: The file.
         stage: `"dense"` or `"rounds"`, for the rows to come.
         rows: Rows of earlier stages, which stay.
+        epochs: Of the whole run, to tell how long it will take.
 
     Attributes:
         seconds: Wall time of the stage's epochs, without those that a kill broke off.
+        step: Optimizer steps since the whole run began, by which loggers go.
     """
 
-    def __init__(self, path: Path, stage: str, rows: list[Row] | None = None) -> None:
+    def __init__(self, path: Path, stage: str, rows: list[Row], epochs: int) -> None:
         self.path = path
         self.stage = stage
-        self.rows = rows or []
+        self.rows = rows
+        self.epochs = epochs
         self.seconds = 0.0
+        self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and wall time so far."""
-        return {"rows": self.rows, "seconds": self.seconds}
+        """Rows, wall time and steps so far."""
+        return {"rows": self.rows, "seconds": self.seconds, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+        self.step = state_dict["step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the rows so far, also where a checkpoint leaves nothing to train."""
         self._began = time.perf_counter() - self.seconds
         self._write()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let loggers go on counting steps where the stage before ended, as epochs do."""
+        batches = trainer.num_training_batches
+        if batches != math.inf:
+            steps = math.ceil(batches / trainer.accumulate_grad_batches)
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.current_epoch * steps
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the learning rate that the epoch begins with."""
@@ -79,13 +97,54 @@ class History(L.Callback):
         }
         self.rows.append({name: fixed.get(name, measured.get(name)) for name in COLUMNS})
         self.seconds = time.perf_counter() - self._began
+        self.step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._write()
+        self._say(trainer)
+
+    def _say(self, trainer: L.Trainer) -> None:
+        epochs = [row["stage"] for row in self.rows].count(self.stage)
+        left = self.seconds / epochs * (self.epochs - trainer.current_epoch - 1)
+        line = epoch_line(self.rows[-1], self.epochs, left)
+        bar = trainer.progress_bar_callback
+        if bar is None:
+            _log.info(line)
+        else:  # a line of its own on the terminal, above the bar
+            _log_file.info(line)
+            bar.print(line)
 
     def _write(self) -> None:
         with write_whole(self.path) as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
+    r"""An epoch in words.
+
+    Args:
+        row: What happened in it.
+        epochs: Of the whole run.
+        left: Seconds that the rest of them will take.
+
+    Example:
+        >>> row = dict(zip(COLUMNS, ("rounds", 4, 2, 0.75, 0.1, 0.5, 0.88, 0.6, 0.8125)))
+        >>> print(epoch_line(row, 20, 754.2).replace(", val", ",\nval"))
+        Epoch 4 (5 of 20), round 2, 75.00 % sparse, train loss 0.5000, train accuracy 88.00 %,
+        val loss 0.6000,
+        val accuracy 81.25 %; 0:12:34 left
+    """
+    measured = [
+        f"{name.replace('_', ' ')} "
+        + (f"{100 * row[name]:.2f} %" if name.endswith("accuracy") else f"{row[name]:.4f}")
+        for name in COLUMNS[5:]
+        if row[name] is not None
+    ]
+    return (
+        f"Epoch {row['epoch']} ({row['epoch'] + 1} of {epochs}), round {row['round']}, "
+        f"{100 * row['sparsity']:.2f} % sparse, {', '.join(measured)}; "
+        f"{timedelta(seconds=round(left))} left"
+    )
 
 
 class RoundWatch(L.Callback):

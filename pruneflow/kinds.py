@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from torch.optim import Optimizer
+from collections.abc import Mapping
 
 from pruneflow.granularity import NM, Block, Channels
 from pruneflow.torch_methods import is_torch_method
 
 
-def check_kinds(
-    importance: object, granularity: object, costs: object, optimizers: object, masking: object
-) -> None:
+def check_kinds(importance: object, granularity: object, costs: object, masking: object) -> None:
     """Refuse what they cannot be at all, such as a class for an object; see `Pruner`.
 
     Raises:
@@ -43,10 +39,6 @@ def check_kinds(
         "a mapping such as multiply_adds(model, example_input)",
         costs,
     )
-    listed = isinstance(optimizers, Sequence) and all(
-        isinstance(optimizer, Optimizer) for optimizer in optimizers
-    )
-    _expect(optimizers is None or listed, "optimizers", "a list of optimizers", optimizers)
 
 
 def _expect(good: bool, argument: str, expected: str, came: object) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize, prune
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruneflow.masks import MaskSet
-from pruneflow.parameters import NORMS, Slot, locate
-from pruneflow.processes import is_sharded, local
+from pruneflow.parameters import NORMS, Places, Slot, locate
+from pruneflow.processes import is_sharded, local, reshard
+
+# Held parameter -> by what, and under which name. Weak, or models would never be freed.
+_HOLDERS: MutableMapping[Tensor, WeakKeyDictionary[Masking, str]] = WeakTensorKeyDictionary()
 
 
 class Masking(Protocol):
@@ -37,6 +42,9 @@ class Masking(Protocol):
     def update(self, masks: MaskSet) -> None:
         """Hold `masks`, of the same names, instead."""
 
+    def refresh(self) -> None:
+        """Hold the parameters that the model has now, where others have taken their places."""
+
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks or buffers."""
 
@@ -45,8 +53,9 @@ class InPlace:
     """Zero pruned weights where they are; the parameters and the `state_dict` stay the dense ones'.
 
     Gradients are masked as soon as autograd has accumulated them, so that clipping, momentum and
-    the optimizer see surviving weights only, and weights once more after each optimizer step, so
-    that they are exactly +0.0 whatever the optimizer did. Masks take one byte a weight.
+    the optimizer see surviving weights only. Weights are masked after each step of an optimizer
+    that holds them and after `load_state_dict`, so that they are exactly +0.0 whatever was done to
+    them. Masks take one byte a weight.
 
     Example:
         >>> layer = nn.Linear(3, 1)
@@ -62,7 +71,10 @@ class InPlace:
     def __init__(self) -> None:
         # name -> (parameter, keep bits); int8, -1 where kept and 0 where pruned: see `_clear`.
         self._held: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        self._handles: list[Any] = []
+        self._names: dict[int, str] = {}  # by the id of the parameter
+        self._gradient_hooks: dict[str, Any] = {}  # by name
+        self._load_hooks: dict[nn.Module, Any] = {}  # by the module that has a held parameter
+        self._step_hooks: list[Any] = []
 
     @property
     def masks(self) -> MaskSet:
@@ -75,40 +87,21 @@ class InPlace:
         return {name: bits for name, (_, bits) in self._held.items()}
 
     def check(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Refuse tensors with sparse gradients.
-
-        Raises:
-            ValueError: Naming them.
-        """
-        slots = locate(model)
-        sparse = [name for name in names if getattr(slots[name].module, "sparse", False)]
-        if sparse:
-            raise ValueError(
-                "`masking` InPlace is expected to get tensors with dense gradients, but those of "
-                f"{', '.join(sparse)} are sparse; set `sparse=False` there, or `exclude` them"
-            )
+        """Refuse nothing: any tensor can be held."""
 
     def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
         """Begin to hold `masks`, once the optimizers exist.
 
         Raises:
-            ValueError: If the masks do not fit the model, or gradients are sparse.
+            ValueError: If the masks do not fit the model.
         """
         slots = locate(model)
         masks.check({name: slot.parameter for name, slot in slots.items()})
-        self.check(model, masks)
+        self._model = model
+        self._step_hooks = [o.register_step_post_hook(self._after_step) for o in optimizers]
         for name in masks:
-            parameter = slots[name].parameter
-            # The same memory layout as the weight, so that each pass runs straight through both.
-            bits = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
-            self._held[name] = (parameter, bits)
-            trained = parameter.requires_grad  # a frozen tensor takes no hook, and may thaw
-            parameter.requires_grad_()
-            hook = partial(_clear_gradient, bits)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-            parameter.requires_grad_(trained)
-        for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._hold(name, slots[name].parameter)
+        self._watch(slots)
         self.update(masks)
 
     @torch.no_grad()
@@ -116,21 +109,102 @@ class InPlace:
         """Hold `masks` instead."""
         for name, (parameter, bits) in self._held.items():
             bits.copy_(masks[name]).neg_()
-            _clear(parameter, bits)
-            if parameter.grad is not None:
-                _clear(parameter.grad, bits)
+            _clear(parameter.detach(), bits)
+            _clear_gradient(bits, parameter)
+
+    def refresh(self) -> None:
+        """Hold the parameters that the model has now, where others have taken their places.
+
+        Raises:
+            ValueError: If the model has no such tensor any more, or one of another shape.
+        """
+        if self._held and self._places.changed():
+            reshard(self._model)
+            slots = locate(self._model)
+            self.masks.check({name: slot.parameter for name, slot in slots.items()})
+            for name, (parameter, bits) in list(self._held.items()):
+                if slots[name].parameter is not parameter:
+                    self._hold(name, slots[name].parameter).copy_(bits)
+            self._watch(slots)
+            self.clear()
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Zero the pruned weights again, where something has moved them."""
+        for parameter, bits in self._held.values():
+            _clear(parameter.detach(), bits)
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks."""
-        self._after_step()  # something other than an optimizer may have moved weights since
-        for handle in self._handles:
+        self.clear()
+        handles = (*self._gradient_hooks.values(), *self._load_hooks.values(), *self._step_hooks)
+        for handle in handles:
             handle.remove()
-        self._held, self._handles = {}, []
+        for parameter, _ in self._held.values():
+            del _HOLDERS[parameter][self]
+        self._held, self._names = {}, {}
+        self._gradient_hooks, self._load_hooks, self._step_hooks = {}, {}, []
+        _let_go(self)
+
+    def _hold(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Hold a parameter under a name; returns its bits, which are still to be filled in."""
+        if name in self._held:
+            replaced, _ = self._held[name]
+            self._gradient_hooks[name].remove()
+            del self._names[id(replaced)], _HOLDERS[replaced][self]
+        # The same memory layout as the weight, so that each pass runs straight through both.
+        bits = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
+        self._held[name], self._names[id(parameter)] = (parameter, bits), name
+        _HOLDERS.setdefault(parameter, WeakKeyDictionary())[self] = name
+        trained = parameter.requires_grad  # a frozen tensor takes no hook, and may thaw
+        parameter.requires_grad_()
+        # Without `self`, which holds the parameter: such a circle would never be freed.
+        hook = partial(_clear_gradient, bits)
+        self._gradient_hooks[name] = parameter.register_post_accumulate_grad_hook(hook)
+        parameter.requires_grad_(trained)
+        return bits
+
+    def _watch(self, slots: Mapping[str, Slot]) -> None:
+        """Notice what is loaded into the held parameters, and what takes their places."""
+        owners = {module for name in self._held for module in slots[name].modules}
+        for module in self._load_hooks.keys() - owners:
+            self._load_hooks.pop(module).remove()
+        for module in owners - self._load_hooks.keys():
+            hook = _AfterLoad(self)
+            self._load_hooks[module] = module.register_load_state_dict_post_hook(hook)
+        self._places = Places(self._model)
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
-        for parameter, bits in self._held.values():
-            _clear(parameter, bits)
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self.refresh()
+        for group in optimizer.param_groups:
+            self._clear_those_of(group["params"])
+
+    def _clear_those_of(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            name = self._names.get(id(parameter))
+            if name is not None:
+                # `data` has a version of its own, so that autograd does not take this for a change:
+                # the optimizer has told it of its own, and of others there are none.
+                _clear(parameter.data, self._held[name][1])
+
+
+class _AfterLoad:
+    """Masks what `load_state_dict` has put into a module; of no effect in a copy of the module."""
+
+    def __init__(self, masking: InPlace | None = None) -> None:
+        self._masking = masking
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        if self._masking is not None:
+            self._masking.refresh()
+            self._masking._clear_those_of(p for p in module._parameters.values() if p is not None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _AfterLoad:
+        return _AfterLoad()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _AfterLoad, ()
 
 
 class Reparametrize:
@@ -189,6 +263,7 @@ class Reparametrize:
         slots = locate(model)
         masks.check({name: slot.parameter for name, slot in slots.items()})
         self.check(model, masks)
+        self._model = model
         for name in masks:
             slot = self._slots[name] = slots[name]
             self._order.setdefault(slot.module, list(slot.module._parameters))
@@ -200,6 +275,7 @@ class Reparametrize:
                     partial(_unfold_keys, slot.attribute)
                 ),
             ]
+        self._places = Places(model)
         self.update(masks)
 
     @torch.no_grad()
@@ -213,6 +289,18 @@ class Reparametrize:
                 slot.parameter.grad.masked_fill_(~masks[name], 0)
             setattr(slot.module, slot.attribute, slot.weight)
 
+    def refresh(self) -> None:
+        """Hold the parameters that the model has now, where other modules have taken their places.
+
+        Raises:
+            ValueError: If the model has no such tensor any more, or one of another shape.
+        """
+        if self._slots and self._places.changed():
+            masks, model = self.masks, self._model
+            masks.check({name: slot.parameter for name, slot in locate(model).items()})
+            self.remove()
+            self.attach(model, masks, [])
+
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros, in the order they had before."""
         self.update(self.masks)  # what torch has only hidden may be -0.0
@@ -225,22 +313,56 @@ class Reparametrize:
             for attribute in order:
                 module._parameters[attribute] = module._parameters.pop(attribute)
         self._slots, self._order, self._handles = {}, {}, []
+        _let_go(self)
+
+
+def _let_go(masking: InPlace | Reparametrize) -> None:
+    """Keep no model alive that is held no longer."""
+    vars(masking).pop("_model", None)
+    vars(masking).pop("_places", None)
+
+
+def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:
+    """The masks that others than `masking` hold on a parameter, zero = pruned."""
+    holders: Mapping[Masking, str] = _HOLDERS.get(parameter, {})
+    return [holder.held[name] for holder, name in holders.items() if holder is not masking]
 
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _clear(tensor: Tensor, bits: Tensor) -> None:
+    """Zero a dense tensor where the bits are 0."""
+    tensor, bits = local(tensor), local(bits)
+    if bits.device != tensor.device:  # `model.to(device)` leaves the parameter the same
+        bits.data = bits.to(tensor.device)
+    if tensor.is_complex():
+        tensor.masked_fill_(bits == 0, 0)
+        return
     # A float AND -1 (all bits set) is itself and a float AND 0 is +0.0, also where it was NaN,
     # infinite or negative. On CPU this is several times faster than `mul_` or `masked_fill_` with a
     # bool mask of the same size.
-    integers = local(tensor.detach()).view(_INTEGER_OF_SIZE[tensor.element_size()])
-    integers.bitwise_and_(local(bits))
+    tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]).bitwise_and_(bits)
 
 
+@torch.no_grad()
 def _clear_gradient(bits: Tensor, parameter: Tensor) -> None:
-    assert parameter.grad is not None  # autograd has just accumulated it
-    _clear(parameter.grad, bits)
+    gradient = parameter.grad
+    if gradient is None:  # a hook before this one may have stepped, and dropped it
+        return
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()
+        pruned = bits[gradient.indices().unbind()] == 0
+        values = gradient.values().masked_fill(pruned, 0)
+        parameter.grad = torch.sparse_coo_tensor(
+            gradient.indices(),
+            values,
+            gradient.shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
+    else:
+        _clear(gradient.detach(), bits)
 
 
 def _mask(slot: Slot) -> Tensor:

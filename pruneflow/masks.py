@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -220,18 +221,19 @@ def compute_masks(
             )
         return MaskSet(new)
 
-    protect = None
+    protect = {}
     if granularity is not None:
         granularity.check(shapes, sparsity)
-        protect = granularity.protect
+        protect = {name: partial(granularity.protect, name) for name in tensors}
     new = {}
     for group in resolve_scope(scope, list(tensors)):
         new |= _weight_masks(
             {name: tensors[name] for name in group},
             sparsity,
-            [scores(name, before.get(name), protect) for name in group],
+            [scores(name, before.get(name), protect.get(name)) for name in group],
             before,
             None if costs is None else price,
+            all_but_protected=granularity is not None and sparsity == granularity.most,
         )
     return MaskSet({name: new[name] for name in tensors})
 
@@ -242,8 +244,13 @@ def _weight_masks(
     scores: Sequence[Scores],
     before: Mapping[str, Tensor],
     costs: Mapping[str, float] | None,
+    *,
+    all_but_protected: bool,
 ) -> dict[str, Tensor]:
-    """Masks of tensors that compete weight by weight."""
+    """Masks of tensors that compete weight by weight.
+
+    With `all_but_protected`, whatever has no infinite score goes.
+    """
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
     join = gather if sharded else one_process
     price = costs or dict.fromkeys(tensors, 1.0)
@@ -275,7 +282,10 @@ def _weight_masks(
             "weights stay pruned, so ask for more, or start from the dense model"
         )
     try:
-        if costs is not None:
+        if all_but_protected:
+            free = [int((score() < math.inf).sum()) for score in scores]
+            count = int(join(torch.tensor([free])).sum())
+        elif costs is not None:
             count = bisect_left(
                 range(sum(sizes.values()) + 1),
                 sparsity * (1 - 1e-12),  # which sums of costs may miss by rounding

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pruneflow.schedules import ScheduleLike, check_fraction, sparsity_per_round
+from pruneflow.schedules import (
+    ScheduleLike,
+    check_fraction,
+    plain_number,
+    sparsity_per_round,
+    whole_number,
+)
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,14 @@ class Clock:
     def __post_init__(self) -> None:
         for name, least in (("start", 0), ("every", 1)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            number = whole_number(value)
+            if number is None or number < least:
                 argument = f"start_{self.unit}" if name == "start" else f"{self.unit}s_per_round"
                 raise ValueError(
                     f"`{argument}` is expected to be a whole number of at least {least}, "
                     f"but {value!r} came; {self.unit}s are counted from 0"
                 )
+            object.__setattr__(self, name, number)
 
     @classmethod
     def counting(
@@ -54,9 +63,14 @@ class Clock:
                 "`start_epoch`/`epochs_per_round` and `start_step`/`steps_per_round` are expected "
                 "one pair at a time, but both came; count either epochs or steps"
             )
+        start, every = start_epoch, epochs_per_round
         if by_step:
-            return cls(start_step or 0, 1 if steps_per_round is None else steps_per_round, "step")
-        return cls(start_epoch or 0, 1 if epochs_per_round is None else epochs_per_round, "epoch")
+            start, every = start_step, steps_per_round
+        return cls(
+            0 if start is None else start,
+            1 if every is None else every,
+            "step" if by_step else "epoch",
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,7 @@ class Plan:
         Raises:
             ValueError: If the last round would not be followed by at least one epoch or step.
         """
+        schedule = plain_number(schedule)
         fitting = None if length is None else max(1, -(-(length - clock.start) // clock.every))
         sparsities: tuple[float | None, ...]
         if schedule is None:
@@ -155,7 +170,7 @@ class Plan:
 
     def due(self, position: int) -> int:
         """Number of rounds that have to be done once epoch or step `position` starts."""
-        return sum(1 for planned in self.rounds if planned.at <= position)
+        return bisect_right(self.rounds, position, key=lambda planned: planned.at)
 
     def check_start(self, present: float) -> None:
         """Refuse to start from a sparsity that a round does not reach.
@@ -224,8 +239,7 @@ def pruned_count(sparsity: float, weights: int) -> int:
         >>> pruned_count(0.98, 1001)
         981
     """
-    check_fraction("sparsity", sparsity)
-    return round(sparsity * weights)
+    return round(check_fraction("sparsity", sparsity) * weights)
 
 
 def _percent(fraction: float | None) -> str:

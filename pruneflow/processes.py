@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from pruneflow.parameters import wrapped
 
 if TYPE_CHECKING:  # importing it takes most of a second; who has shards has done so already
     from torch.distributed.tensor import DTensor
@@ -25,15 +26,16 @@ T = TypeVar("T")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain model, whose names are canonical, inside `DistributedDataParallel`.
+    """The plain model inside `DistributedDataParallel`, `torch.compile` and other wrappers.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> unwrap(layer) is layer
+        >>> unwrap(nn.DataParallel(layer)) is unwrap(layer) is layer
         True
     """
-    inner = getattr(model, "_orig_mod", model)  # torch.compile may be around it
-    return inner.module if isinstance(inner, DistributedDataParallel) else model
+    while (attribute := wrapped(model)) is not None:
+        model = model.get_submodule(attribute)
+    return model
 
 
 def reshard(model: nn.Module) -> None:

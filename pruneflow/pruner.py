@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pruneflow.computed import check_computed, check_zeros_stay
 from pruneflow.granularity import NM, Block, Channels, Granularity
 from pruneflow.importance import Importance, magnitude
 from pruneflow.kinds import check_kinds
-from pruneflow.masking import InPlace, Masking
+from pruneflow.masking import InPlace, Masking, held_elsewhere
 from pruneflow.masks import MaskSet, check_costs, check_units, compute_masks
-from pruneflow.parameters import Pattern, check_computed, locate, select
-from pruneflow.processes import check_placements, decide, place, reshard, unwrap
+from pruneflow.parameters import Pattern, check_storage, locate, select
+from pruneflow.processes import check_placements, decide, local, place, reshard, unwrap, whole
 from pruneflow.rewinding import (
     OptimizerState,
     check_held,
     check_optimizer_state,
+    plain_optimizers,
     settle_optimizer_state,
 )
 from pruneflow.scope import Scope, resolve_scope
@@ -62,8 +64,13 @@ class Pruner:
 
     Raises:
         ValueError: If a pattern or the scope does not fit the model, a tensor to prune is in none
-            of the optimizers or under `torch.nn.utils.prune`, or `optimizer_state` is unknown.
+            of the optimizers, shares memory with another, is computed anew by `forward` or under
+            `torch.nn.utils.prune`, or `optimizer_state` is unknown.
         TypeError: If an argument is no such thing at all, such as a class for an object.
+
+    Warns:
+        UserWarning: If `optimizers` is None; if more than a tenth of all parameters stays dense
+            that neither `include` nor `exclude` speaks of; and when nothing is left of a tensor.
 
     Example:
         >>> import torch
@@ -93,7 +100,8 @@ class Pruner:
         optimizer_state: OptimizerState = "zero_pruned",
     ) -> None:
         check_optimizer_state(optimizer_state)
-        check_kinds(importance, granularity, costs, optimizers, masking)
+        check_kinds(importance, granularity, costs, masking)
+        plain = plain_optimizers(optimizers or ())
         self.model = unwrap(model)
         reshard(self.model)
         self.importance = importance
@@ -116,10 +124,14 @@ class Pruner:
                 "; call `fold_model(model)` first, and go on with its zeros (`from_zeros=True`, or "
                 "`Pruner.hold_zeros()`)"
             )
+        check_zeros_stay(selection.slots)
+        selection.warn_overlooked()
+        self.selection = selection
         self._names = tuple(selection.slots)
         resolve_scope(scope, self._names)
         self.granularity, self.costs = granularity, costs
         self._couple()
+        check_storage({name: local(p.detach()) for name, p in self._parameters.items()})
         self.masking.check(self.model, self._parameters)
         check_placements(self._parameters)
         check_units(self._parameters, self._units, scope)
@@ -133,9 +145,9 @@ class Pruner:
                 "through training; give the list of your optimizers, or [] if there is no training",
                 stacklevel=2,
             )
-        elif optimizers:
-            self._check_held(self._parameters, optimizers)
-        self._optimizers = list(optimizers or ())
+        elif plain:
+            self._check_held(self._parameters, plain)
+        self._optimizers = plain
         self._attached = False
 
     @property
@@ -227,14 +239,18 @@ class Pruner:
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
         """Hold the zeros through these optimizers from now on, if the training has made new ones.
 
+        Parameters that have been replaced in the model since are held instead of the old ones.
+
         Raises:
-            ValueError: If a tensor to prune is in none of them.
+            ValueError: If a tensor to prune is in none of them, or has another shape now.
         """
-        if list(map(id, optimizers)) == list(map(id, self._optimizers)):
+        plain = plain_optimizers(optimizers)
+        if list(map(id, plain)) == list(map(id, self._optimizers)):
+            self.masking.refresh()
             return
-        self._check_held(self._parameters, optimizers)
+        self._optimizers = plain
+        self._refresh()
         masks = self.masks
-        self._optimizers = list(optimizers)
         if masks:
             self.remove()
             self.hold(masks)
@@ -262,6 +278,7 @@ class Pruner:
             ValueError: If `sparsity` is out of range or below the present one, or weights are not
                 finite, or gradients are needed that are not there; then nothing is changed.
         """
+        self._refresh()
         if gradients is None:
             gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         if not is_torch_method(self.importance):
@@ -273,7 +290,7 @@ class Pruner:
                 granularity=self._units,
                 costs=self.costs,
                 scope=self.scope,
-                masks=self.masking.held,
+                masks=self._before(),
                 round=round,
                 gradients=gradients,
             )
@@ -296,10 +313,16 @@ class Pruner:
                 "`importance` is expected to keep its own amount, such as L1Unstructured(0.2), "
                 f"but {self.importance!r} came; call `prune_to(sparsity)`"
             )
+        self._refresh()
         return self._run_torch_method(self.importance, None)
 
-    def hold_zeros(self) -> MaskSet:
+    def hold_zeros(self, *, empty: bool = False) -> MaskSet:
         """Hold the exact zeros that the weights have now, to fine-tune an already sparse model.
+
+        Args:
+            empty: Also those of tensors that are zero throughout. Unless asked for, these are taken
+                for new ones that training is still to fill, such as the second factor of LoRA, and
+                a warning names them.
 
         Example:
             >>> layer = nn.Linear(2, 2)
@@ -307,11 +330,22 @@ class Pruner:
             >>> Pruner(layer, optimizers=[]).hold_zeros()
             MaskSet(1 tensors, 2 of 4 weights pruned)
         """
-        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        # Biases that go with channels may well be 0 by chance, as batch norm's are to begin with.
-        return self._prune(
-            lambda: MaskSet({n: (w != 0) | (n not in self._names) for n, w in weights.items()})
-        )
+        self._refresh()
+        weights = {name: self._parameters[name].detach() for name in self._names}
+        dense = [n for n, w in weights.items() if not (empty or whole((w != 0).any()))]
+        if dense:
+            warnings.warn(
+                f"{', '.join(dense)} are zero throughout, hence taken for tensors that are not yet "
+                "trained, and left dense; call `hold_zeros(empty=True)` (`from_zeros='all'` in a "
+                "PruningCallback) if they have been pruned",
+                stacklevel=2,
+            )
+
+        def kept(name: str, parameter: Tensor) -> Tensor:
+            # Biases that go with channels may well be 0 by chance, as batch norm's are at first.
+            return (parameter.detach() != 0) | (name not in self._names or name in dense)
+
+        return self._prune(lambda: MaskSet({n: kept(n, p) for n, p in self._parameters.items()}))
 
     def hold(self, masks: MaskSet) -> MaskSet:
         """Hold given masks, such as those of a checkpoint; the optimizers' state is left alone.
@@ -319,6 +353,7 @@ class Pruner:
         Raises:
             ValueError: If the masks are not exactly those of the tensors to prune.
         """
+        self._refresh()
         masks.check(self._parameters)
         missing = [name for name in self._parameters if name not in masks]
         if missing:
@@ -326,8 +361,14 @@ class Pruner:
                 f"masks are expected for every tensor to prune, but {', '.join(missing)} has none; "
                 "`include` and `exclude` have to select the same tensors as when they were made"
             )
+        for name, mask in masks.items():
+            for other in held_elsewhere(self._parameters[name], self.masking):
+                if whole((place(mask, other) & (other == 0)).any()):
+                    raise ValueError(
+                        "`masks` must keep no weight that another Pruner holds at zero, got a mask "
+                        f"of {name} that does; call `remove()` on that Pruner first"
+                    )
         masks = MaskSet({name: place(mask, self._parameters[name]) for name, mask in masks.items()})
-        reshard(self.model)
         if self._attached:
             self.masking.update(masks)
         elif self.masking.held:
@@ -355,9 +396,16 @@ class Pruner:
             parameter.masked_fill_(~mask.to(parameter.device), 0)
 
     def remove(self) -> None:
-        """Let go: plain parameters with exact zeros stay, without hooks, buffers or masks."""
-        self.masking.remove()
-        self._attached = False
+        """Let go: plain parameters with exact zeros stay, without hooks, buffers or masks.
+
+        Raises:
+            ValueError: If the model has not the tensors any more whose masks were held.
+        """
+        try:
+            self.masking.refresh()
+        finally:
+            self.masking.remove()
+            self._attached = False
 
     def _couple(self) -> None:
         slots = locate(self.model)
@@ -368,7 +416,33 @@ class Pruner:
             self._units: NM | Block | CoupledChannels | None = channels
         else:
             self._units = self.granularity
+            if isinstance(self._units, NM):
+                self._units = self._units.bind({name: slots[name] for name in self._names})
         self._parameters = {n: slot.parameter for n, slot in slots.items() if n in names}
+
+    def _refresh(self) -> None:
+        """Take in the parameters that the model has now, and check that they are trained."""
+        reshard(self.model)
+        self.masking.refresh()
+        slots = locate(self.model)
+        missing = [name for name in self._parameters if name not in slots]
+        if missing:
+            raise ValueError(
+                "`model` must keep the tensors that are pruned, but no longer has "
+                f"{', '.join(missing)}; make a new Pruner after its layers were replaced"
+            )
+        if any(slots[name].parameter is not held for name, held in self._parameters.items()):
+            self._couple()
+        if self._optimizers:
+            self._check_held(self._parameters, self._optimizers)
+
+    def _before(self) -> dict[str, Tensor]:
+        """The masks so far, zero = pruned, with those that other Pruners hold on these tensors."""
+        before = dict(self.masking.held)
+        for name, parameter in self._parameters.items():
+            for mask in held_elsewhere(parameter, self.masking):
+                before[name] = (mask != 0) & (before[name] != 0 if name in before else True)
+        return before
 
     def _check_held(self, names: Collection[str], optimizers: Sequence[Optimizer]) -> None:
         parameters = {name: self._parameters[name] for name in self._parameters if name in names}
@@ -386,7 +460,7 @@ class Pruner:
             sparsity,
             method=method,
             scope=self.scope,
-            masks=self.masks,
+            masks={name: mask != 0 for name, mask in self._before().items()},
         )
         return self._prune(compute)
 
@@ -395,8 +469,26 @@ class Pruner:
         # One at a time: a round holds the old masks and the new ones, and no more.
         old = sum(MaskSet({name: mask != 0}).pruned for name, mask in self.masking.held.items())
         changed = masks.pruned != old
+        self._warn_of_nothing_left(masks)
         masks = self.hold(masks)
         if changed:
             pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
             settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
         return masks
+
+    def _warn_of_nothing_left(self, masks: MaskSet) -> None:
+        held = self.masking.held
+        empty = [
+            name
+            for name in self._names
+            if masks[name].numel()
+            and not whole(masks[name].any())
+            and (name not in held or whole((held[name] != 0).any()))
+        ]
+        if empty:
+            warnings.warn(
+                f"nothing is left of {', '.join(empty)}: what passes through them alone no longer "
+                "depends on the input; ask for less, `exclude` them, or use scope='layer'. Tensors "
+                "that start at zero are the first to go: train them before they are pruned",
+                stacklevel=4,
+            )

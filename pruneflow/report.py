@@ -76,8 +76,8 @@ def write_report(
         folder: The run folder.
         facts: What the run found, in plain builtins.
         history: One row an epoch over both stages: `stage` ("dense" or "rounds"), `epoch` (from
-            0), `round`, `sparsity`, `lr`, `train_loss`, `train_accuracy`, `val_loss`,
-            `val_accuracy`; any of them may be None.
+            0), `round`, `sparsity`, `lr` (that of the epoch's first step), `train_loss`,
+            `train_accuracy`, `val_loss`, `val_accuracy`; any of them may be None.
     """
     contents = document(facts, _seen_from_here(folder))
     facts_json = json.dumps(_without_nan(facts), indent=2, ensure_ascii=False, allow_nan=False)

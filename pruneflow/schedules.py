@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from numbers import Integral, Real
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 
 @runtime_checkable
@@ -52,8 +53,8 @@ class OneShot:
     rounds: int = 1
 
     def __post_init__(self) -> None:
-        check_fraction("target", self.target)
-        if self.rounds not in (1, None):
+        object.__setattr__(self, "target", check_fraction("target", self.target))
+        if self.rounds is not None and whole_number(self.rounds) != 1:
             raise ValueError(
                 f"`rounds` of OneShot is expected to be 1 (or null), but {self.rounds!r} came; "
                 "use Compounding, Linear or Cubic for several rounds"
@@ -108,11 +109,11 @@ class Compounding:
                 f"target={target!r}, amount={amount!r}, rounds={rounds!r} came; give one more"
             )
         if target is not None:
-            check_fraction("target", target)
+            target = check_fraction("target", target)
         if amount is not None:
-            check_fraction("amount", amount)
+            amount = check_fraction("amount", amount)
         if rounds is not None:
-            _check_rounds(rounds)
+            rounds = _check_rounds(rounds)
         if target is None:
             target = -math.expm1(rounds * math.log1p(-amount))
             check_fraction("target", target)  # 1-(1-γ)^n rounds up to 1.0 for large n
@@ -162,8 +163,8 @@ class Linear:
     rounds: int
 
     def __post_init__(self) -> None:
-        check_fraction("target", self.target)
-        _check_rounds(self.rounds)
+        object.__setattr__(self, "target", check_fraction("target", self.target))
+        object.__setattr__(self, "rounds", _check_rounds(self.rounds))
 
     def __call__(self, round: int) -> float:
         """Cumulative sparsity after `round`."""
@@ -193,8 +194,8 @@ class Cubic:
     rounds: int
 
     def __post_init__(self) -> None:
-        check_fraction("target", self.target)
-        _check_rounds(self.rounds)
+        object.__setattr__(self, "target", check_fraction("target", self.target))
+        object.__setattr__(self, "rounds", _check_rounds(self.rounds))
 
     def __call__(self, round: int) -> float:
         """Cumulative sparsity after `round`."""
@@ -234,8 +235,7 @@ class Explicit:
                 "`sparsities` is expected to hold one cumulative sparsity a round, but it is "
                 "empty; give at least one, such as [0.5, 0.8, 0.9]"
             )
-        for value in sparsities:
-            check_fraction("sparsities", value)
+        sparsities = tuple(check_fraction("sparsities", value) for value in sparsities)
         for before, after in pairwise(sparsities):
             if after < before:
                 raise ValueError(
@@ -248,20 +248,19 @@ class Explicit:
                 f"`rounds` is expected to be the number of `sparsities`, {len(sparsities)}, but "
                 f"{self.rounds!r} came; leave it out"
             )
-        if self.target is not None and self.target != sparsities[-1]:
-            check_fraction("target", self.target)
-            if sparsities[-1] == 0:
+        last = sparsities[-1]
+        target = last if self.target is None else check_fraction("target", self.target)
+        if target != last:
+            if last == 0:
                 raise ValueError(
-                    f"`target` is {self.target!r}, but `sparsities` that end at 0 cannot be "
+                    f"`target` is {target!r}, but `sparsities` that end at 0 cannot be "
                     "scaled to it; give sparsities that rise"
                 )
-            last = sparsities[-1]
-            scale = self.target / last
+            scale = target / last
             # A product may be rounded up, past the target itself.
-            sparsities = tuple(min(self.target, value * scale) for value in sparsities[:-1])
-            sparsities = (*sparsities, self.target)
+            sparsities = (*(min(target, value * scale) for value in sparsities[:-1]), target)
         object.__setattr__(self, "sparsities", sparsities)
-        object.__setattr__(self, "target", sparsities[-1])
+        object.__setattr__(self, "target", target)
         object.__setattr__(self, "rounds", len(sparsities))
 
     @classmethod
@@ -272,8 +271,7 @@ class Explicit:
         sparsities: list[float] = []
         density = 1.0
         for amount in amounts:
-            check_fraction("amounts", amount)
-            density *= 1 - amount
+            density *= 1 - check_fraction("amounts", amount)
             sparsities.append(1 - density)
         return cls(sparsities, target, rounds)  # type: ignore[arg-type]
 
@@ -307,7 +305,7 @@ def sparsity_per_round(schedule: ScheduleLike, rounds: int | None = None) -> tup
     """
     if isinstance(schedule, Schedule):
         rounds = schedule.rounds
-    elif isinstance(schedule, Sequence) and not isinstance(schedule, str):
+    elif _is_list(schedule):
         return tuple(Explicit(schedule).sparsities)
     elif not callable(schedule):
         raise TypeError(
@@ -344,22 +342,51 @@ def _progress(round: int, rounds: int) -> float:
     return round / rounds
 
 
-def check_fraction(name: str, value: float) -> None:
-    """Refuse what is no number in [0, 1).
+def check_fraction(name: str, value: Any) -> float:
+    """A number in [0, 1) as a plain float, which every checkpoint can hold; refuse anything else.
 
     Raises:
         ValueError: Naming `name`, the argument it is for.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+    number = plain_number(value)
+    real = isinstance(number, Real) and not isinstance(number, bool)
+    if not real or not 0 <= number < 1 or float(number) == 1:  # the float nearest to a fraction
         raise ValueError(
             f"`{name}` is expected to be a number in [0, 1), but {value!r} came; "
             "98 % is written 0.98"
         )
+    return float(number)
 
 
-def _check_rounds(rounds: int) -> None:
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+def plain_number(value: Any) -> Any:
+    """What a scalar of NumPy or PyTorch holds, as Python's own number; anything else as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> plain_number(np.float64(0.5)), plain_number([0.5])
+        (0.5, [0.5])
+    """
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number of any type as a plain int; None of anything else, `True` included."""
+    number = plain_number(value)
+    whole = isinstance(number, Integral) and not isinstance(number, bool)
+    return int(number) if whole else None
+
+
+def _check_rounds(rounds: Any) -> int:
+    number = whole_number(rounds)
+    if number is None or number < 1:
         raise ValueError(
             f"`rounds` is expected to be a whole number of at least 1, but {rounds!r} came; "
             "round 0, the dense phase, does not count"
         )
+    return number
+
+
+def _is_list(schedule: Any) -> TypeGuard[Sequence[float]]:
+    if isinstance(schedule, Sequence):
+        return not isinstance(schedule, str)
+    return getattr(schedule, "ndim", None) == 1  # an array or tensor

@@ -110,5 +110,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _finite(tensor: Tensor) -> bool:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     # One pass without a temporary of the tensor's size: the extremes carry NaN and infinity along.
     return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))

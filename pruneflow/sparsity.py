@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruneflow.channels.analysis import evaluating
-from pruneflow.parameters import Pattern, select
+from pruneflow.parameters import Pattern, Slot, locate, select
 from pruneflow.processes import whole
+from pruneflow.running import Example, call, evaluating
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
 """Layers whose multiply-adds are those of their weights."""
@@ -45,6 +50,7 @@ class SparsityReport:
 
     Args:
         layers: The prunable tensors.
+        dense: Other trained tensors of two or more dimensions, which are not counted.
         parameters: All parameters of the model, biases and normalisation included.
         multiply_adds: Those of one forward pass of the dense model; None without an input.
         remaining_multiply_adds: Those that do not multiply by a pruned weight.
@@ -54,6 +60,7 @@ class SparsityReport:
     parameters: int
     multiply_adds: int | None = None
     remaining_multiply_adds: int | None = None
+    dense: tuple[LayerSparsity, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -72,8 +79,8 @@ class SparsityReport:
 
     @property
     def remaining(self) -> int:
-        """All parameters but the zeros among the prunable weights."""
-        return self.parameters - self.zeros
+        """All parameters but the zeros among the prunable weights and the other trained tensors."""
+        return self.parameters - self.zeros - sum(layer.zeros for layer in self.dense)
 
     @property
     def compression_ratio(self) -> float:
@@ -98,6 +105,13 @@ class SparsityReport:
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
             for row in rows
         ]
+        if self.dense:
+            others = ", ".join(
+                f"{layer.name} ({layer.weights / self.parameters:.1%} of all parameters, "
+                f"{layer.sparsity:.2%} zeros)"
+                for layer in self.dense
+            )
+            lines.append(f"Not counted: {others}")
         lines.append(
             f"{self.remaining:,} of {self.parameters:,} parameters remain: "
             f"compression ratio {self.compression_ratio:.2f}"
@@ -122,6 +136,10 @@ def sparsity(
         include: See `parameters.select`.
         exclude: See `parameters.select`.
 
+    Warns:
+        UserWarning: If more than a tenth of all parameters is not counted, though neither `include`
+            nor `exclude` speaks of it.
+
     Example:
         >>> layer = nn.Linear(4, 1)
         >>> _ = layer.weight.data.copy_(torch.tensor([0.0, 1.0, 0.0, 2.0]))
@@ -134,21 +152,23 @@ def sparsity(
 @torch.no_grad()
 def sparsity_report(
     model: nn.Module,
-    example_input: Tensor | None = None,
+    example_input: Example | None = None,
     *,
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] = (),
 ) -> SparsityReport:
     """Count exact zeros, and with an input the multiply-adds, as Blalock et al. ask.
 
-    Frozen tensors, such as a teacher's, do not count, unless everything is frozen.
+    Frozen tensors, such as a teacher's, do not count, unless everything is frozen. Trained tensors
+    of two or more dimensions that are not prunable are listed as not counted, in `dense`.
 
-    A multiply-add is saved where a `Linear` or convolution multiplies by a zero weight; those of
-    recurrent and attention layers' own kernels are counted as dense.
+    A multiply-add is saved where an operation multiplies by a zero weight. What PyTorch does not
+    count, as the kernels of recurrent layers, is left out.
 
     Args:
         model: The model; run once in evaluation mode when there is an input.
-        example_input: A batch of one, to count multiply-adds with.
+        example_input: A batch of one, to count multiply-adds with: a tensor, a tuple of positional
+            arguments or a dict of keyword arguments.
         include: See `parameters.select`.
         exclude: See `parameters.select`.
 
@@ -167,40 +187,88 @@ def sparsity_report(
         https://arxiv.org/abs/2003.03033.
     """
     selection = select(model, include, exclude)
+    selection.warn_overlooked()
     slots = selection.slots or selection.frozen
-    layers = tuple(
+    layers, dense = _count_zeros(slots), _count_zeros(selection.dense)
+    if example_input is None:
+        return SparsityReport(layers, selection.parameters, dense=dense)
+    total, counts = multiply_adds_by_weight(model, example_input)
+    saved = round(sum(layer.sparsity * counts.get(layer.name, 0) for layer in (*layers, *dense)))
+    return SparsityReport(layers, selection.parameters, total, total - saved, dense)
+
+
+def _count_zeros(slots: Mapping[str, Slot]) -> tuple[LayerSparsity, ...]:
+    return tuple(
         LayerSparsity(name, tuple(weight.shape), weight.numel(), int(whole((weight == 0).sum())))
         for name, weight in ((name, slot.weight) for name, slot in slots.items())
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if example_input is None:
-        return SparsityReport(layers, parameters)
-    per_module = multiply_adds_per_module(model, example_input)
-    prefixes = {module: name for name, module in model.named_modules()}
-    saved = 0.0
-    for layer, slot in zip(layers, slots.values(), strict=True):
-        if isinstance(slot.module, COUNTED) and slot.attribute == "weight":
-            saved += layer.sparsity * per_module.get(prefixes[slot.module], 0)
-    total = per_module[""]
-    return SparsityReport(layers, parameters, total, total - round(saved))
 
 
-def multiply_adds_per_module(model: nn.Module, example_input: Tensor) -> dict[str, int]:
-    """Multiply-adds of one forward pass by module; those of the whole model under `""`.
+def multiply_adds_by_weight(
+    model: nn.Module, example_input: Example
+) -> tuple[int, dict[str, float]]:
+    """Multiply-adds of one forward pass: all of them, and how many read each weight.
+
+    An operation counts for the parameters that it is given, in whatever layer; where it is given
+    what was computed from them, as under `torch.nn.utils.prune`, for the weight of the convolution
+    or `Linear` that is running.
 
     Example:
-        >>> multiply_adds_per_module(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
-        {'0': 6, '': 6}
+        >>> multiply_adds_by_weight(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
+        (6, {'0.weight': 6.0})
     """
+    model = getattr(model, "_orig_mod", model)
+    fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model, example_input), FlopCounterMode(display=False) as counter:
-        model(example_input)
-    # PyTorch names modules from the class of the root ("ResNet.layer1.0.conv1") and counts a
-    # multiply-add as two operations.
-    root = type(model).__name__
-    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
-    modules = {
-        name.removeprefix(root).removeprefix("."): count
-        for name, count in counts.items()
-        if name not in ("Global", root)
-    }
-    return {**modules, "": counts.get("Global", 0)}
+        torch.backends.mha.set_fastpath_enabled(False)  # which is not counted
+        try:
+            with _Attributing(model, counter) as attributing:
+                call(model, example_input)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() // 2, dict(attributing.counts)
+
+
+class _Attributing(TorchDispatchMode):
+    """Shares out what is counted among weights.
+
+    Args:
+        model: Gets hooks, which whoever runs it has to remove.
+        counter: Counts; it is entered before.
+    """
+
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: defaultdict[str, float] = defaultdict(float)
+        self._counter = counter
+        self._by_memory: defaultdict[int, list[str]] = defaultdict(list)
+        self._running: list[str] = []
+        for name, slot in locate(model).items():
+            if slot.parameter.dim() > 1:
+                self._by_memory[_memory(slot.parameter)].append(name)
+            for _, module, attribute in ((name, slot.module, slot.attribute), *slot.others):
+                if isinstance(module, COUNTED) and attribute == "weight":
+                    module.register_forward_pre_hook(partial(self._enter, name))
+                    module.register_forward_hook(self._leave, prepend=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self._counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        count = (self._counter.get_total_flops() - before) / 2  # of a multiply and an add
+        if count:
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            names = {name for tensor in given for name in self._by_memory.get(_memory(tensor), ())}
+            for name in names or self._running[-1:]:
+                self.counts[name] += count / max(len(names), 1)
+        return result
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells apart the memory that tensors lie in, be they views, and on the meta device."""
+    return int(tensor.untyped_storage()._cdata)

@@ -8,13 +8,19 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pruneflow.plan import Clock
+from pruneflow.plan import Clock, Plan
 from pruneflow.rewinding import Schedulers
+from pruneflow.running import Example
 
 
 def training_length(
@@ -25,7 +31,12 @@ def training_length(
         # Every round runs at once, so all that a plain function needs is room for one.
         return None if has_rounds else clock.start + 1
     if clock.unit == "epoch":
-        return None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        # Of a plain function as many rounds are taken as fit; for others see `check_steps`.
+        if not has_rounds and (each := _steps_of_an_epoch(trainer, pl_module)) is not None:
+            begun = -(-trainer.max_steps // each)
+            return begun if epochs is None else min(epochs, begun)
+        return epochs
     if not pl_module.automatic_optimization:
         return None if trainer.max_steps == -1 else trainer.max_steps
     if trainer.ckpt_path is not None and has_rounds:
@@ -34,6 +45,47 @@ def training_length(
         return None
     steps = trainer.estimated_stepping_batches
     return None if steps in (-1, float("inf")) else int(steps)
+
+
+def check_steps(trainer: L.Trainer, pl_module: L.LightningModule, plan: Plan) -> None:
+    """Refuse a plan by epochs whose last round would begin after `max_steps`.
+
+    Raises:
+        ValueError: Naming the round and the remedy.
+    """
+    each = _steps_of_an_epoch(trainer, pl_module) if plan.unit == "epoch" else None
+    if each is not None and plan.rounds and plan.rounds[-1].at * each >= trainer.max_steps:
+        last = plan.rounds[-1]
+        raise ValueError(
+            f"`max_steps` must leave time for the whole plan, got {trainer.max_steps}, {each} an "
+            f"epoch, where the last round, {last.number}, prunes at the start of epoch {last.at}; "
+            f"raise it above {last.at * each}, or take fewer rounds or fewer epochs a round"
+        )
+
+
+def _steps_of_an_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
+    """Optimizer steps of an epoch; None where `max_steps` is no end, or they are not known."""
+    if (
+        trainer.max_steps == -1
+        or trainer.fast_dev_run  # type: ignore[attr-defined]
+        or trainer.ckpt_path is not None  # see `training_length`
+        or not pl_module.automatic_optimization
+        or any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer))
+    ):
+        return None
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    return (
+        None
+        if batches in (0, float("inf"))
+        else -(-int(batches) // trainer.accumulate_grad_batches)
+    )
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def schedulers(trainer: L.Trainer) -> Schedulers:
@@ -70,27 +122,34 @@ def _anew(loader: Any) -> Any:
     return loader
 
 
-def example_input(trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+def example_input(trainer: L.Trainer, pl_module: L.LightningModule) -> Example:
     """The example that a LightningModule has of what it takes, on its device, of its precision.
 
     Raises:
-        ValueError: If it has none that is a tensor.
+        ValueError: If it has none.
     """
     example = pl_module.example_input_array
-    if not isinstance(example, Tensor):
+    if not isinstance(example, Tensor | tuple | dict):
         raise ValueError(
-            f"`example_input_array` of {type(pl_module).__name__} is expected to be a tensor like "
-            f"those its `forward` takes, for Channels and costs, but {type(example).__name__} came;"
-            " set `self.example_input_array = torch.zeros(1, 3, 32, 32)`, say, in its `__init__`"
+            f"`example_input_array` of {type(pl_module).__name__} is expected to be what its "
+            "`forward` takes, a tensor, or a tuple or dict of arguments, for Channels and costs, "
+            f"but {type(example).__name__} came; "
+            "set `self.example_input_array = torch.zeros(1, 3, 32, 32)`, say, in its `__init__`"
         )
-    converted: Tensor = trainer.precision_plugin.convert_input(example.to(pl_module.device))
+    moved: Example = move_data_to_device(example, pl_module.device)
+    converted: Example = trainer.precision_plugin.convert_input(moved)
     return converted
+
+
+def let_go(callback: L.Callback) -> None:
+    """Take off a callback the methods that Lightning has lent it, and that keep the model alive."""
+    for name in ("log", "log_dict"):
+        vars(callback).pop(name, None)
 
 
 def averaged_models(trainer: L.Trainer) -> Iterator[tuple[str, nn.Module]]:
     """Every averaged copy of the model in a fit, with the name of the callback that keeps it."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in _callbacks(trainer):
         average = getattr(callback, "_average_model", None)
         if isinstance(callback, WeightAveraging) and average is not None:
             yield type(callback).__name__, average.module

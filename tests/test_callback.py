@@ -1,12 +1,21 @@
 import csv
+import gc
+import io
 import json
 import logging
+import pickle
+import re
+import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -15,9 +24,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
+from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader, Subset
-from two_layers import Points
+from two_layers import Points, TwoLayers
 
 from pruneflow import (
     Compounding,
@@ -30,6 +41,7 @@ from pruneflow import (
     SparsityCheckpoint,
     sparsity,
 )
+from pruneflow.checkpoint_io import AtomicCheckpointIO
 
 both = pytest.mark.parametrize("masking", [InPlace, Reparametrize])
 
@@ -97,6 +109,34 @@ def test_a_plan_that_cannot_finish_is_refused_before_training(model, batches, tr
     with pytest.raises(ValueError, match=r"near names: body"):
         trainer(PruningCallback(OneShot(0.9), exclude=["bdoy.*"])).fit(model, batches)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "needed"),
+    [
+        (dict(max_steps=16), 16),  # 4 steps an epoch, and round 3 is at the start of the fifth
+        (dict(max_steps=16, max_epochs=-1), 16),
+        (dict(max_steps=8, max_epochs=20, accumulate_grad_batches=2), 8),
+        (dict(max_steps=8, accumulate_grad_batches=3), 8),
+        (dict(max_steps=4, limit_train_batches=1), 4),
+    ],
+)
+def test_steps_that_end_before_the_last_round_are_refused(model, batches, trainer, kwargs, needed):
+    def pruning():
+        return PruningCallback(Linear(0.9, 3), start_epoch=2)
+
+    before = model.body.weight.clone()
+    with pytest.raises(ValueError, match=rf"`max_steps` must leave .* raise it above {needed},"):
+        trainer(pruning(), **kwargs).fit(model, batches)
+    assert torch.equal(model.body.weight, before)
+    trainer(pruning(), **(kwargs | dict(max_steps=needed + 1))).fit(model, batches)
+    assert sparsity(model) == 0.9
+
+
+def test_a_function_gets_as_many_rounds_as_fit_the_steps(model, batches, trainer):
+    pruning = PruningCallback(lambda round: 0.3 * round)
+    trainer(pruning, max_epochs=-1, max_steps=9).fit(model, batches)
+    assert len(pruning.plan.rounds) == pruning.round == 3
 
 
 def test_logs_sparsity_to_the_logger_and_the_progress_bar(model, batches, trainer, tmp_path):
@@ -172,6 +212,25 @@ def test_resumes_with_the_same_masks_and_plan_position(
         assert when == "mid_epoch" or torch.equal(value, expected[name])
     saved = torch.load(path, weights_only=True)
     assert set(saved["state_dict"]) == set(expected)
+
+
+@both
+def test_masks_of_the_plain_model_go_into_a_wrapped_one_and_back(
+    model, batches, trainer, tmp_path, masking
+):
+    def wrapped():
+        network = type(model)()
+        network.body = checkpoint_wrapper(network.body)
+        return network
+
+    held = []
+    for epochs, network in ((1, model), (2, wrapped()), (3, type(model)())):
+        pruning = PruningCallback(lambda r: 0.3 * r, include=["body.*"], masking=masking())
+        fit = trainer(pruning, max_epochs=epochs)
+        fit.fit(network, batches, ckpt_path=tmp_path / "last.ckpt" if held else None)
+        fit.save_checkpoint(tmp_path / "last.ckpt")
+        held.append(pruning.sparsity)
+    assert held == pytest.approx([0.3, 0.6, 0.9])
 
 
 def test_state_of_a_checkpoint_that_was_only_tested_is_forgotten(model, batches, trainer, tmp_path):
@@ -278,8 +337,11 @@ def test_goes_on_from_zeros(model, batches, trainer):
     trainer(PruningCallback([0.6, 0.9], from_zeros=True), max_epochs=2).fit(model, batches)
     assert int((model.body.weight[zeros] != 0).sum()) == 0
     assert sparsity(model) == 0.9
+    assert not model.head.weight.any()
     with pytest.raises(ValueError, match=r"start from the sparsity 0\.9 that the model has"):
-        trainer(PruningCallback([0.6, 0.95], from_zeros=True)).fit(model, batches)
+        trainer(PruningCallback([0.6, 0.95], from_zeros="all")).fit(model, batches)
+    with pytest.raises(ValueError, match="must be True, False or 'all', got 'some'"):
+        PruningCallback(None, from_zeros="some")
     with pytest.raises(ValueError, match="`from_zeros=True`"):
         PruningCallback(None)
 
@@ -293,6 +355,150 @@ def test_state_is_small_tensors_and_builtins(model, batches, trainer, tmp_path):
     bits = [state["masks"][name].pop("bits") for name in state["masks"]]
     assert sum(len(packed) for packed in bits) == 1100 // 8 + 1  # one bit a weight
     json.dumps(state)  # nothing but builtins is left
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PruningCallback(list(np.linspace(0.3, 0.9, 3))),
+        lambda: PruningCallback(np.linspace(0.3, 0.9, 3)),
+        lambda: PruningCallback(lambda round: 1 - np.exp(-0.3 * round)),
+        lambda: PruningCallback(lambda round: torch.tensor(0.2) * round),
+        lambda: PruningCallback(Compounding(target=np.float64(0.9), rounds=np.int64(3))),
+        lambda: PruningCallback([0.3, 0.9], start_epoch=np.int64(0), epochs_per_round=np.array(2)),
+        lambda: PruningCallback(
+            np.int64(3), importance=prune.L1Unstructured(np.float64(0.2)), scope="layer"
+        ),
+        lambda: PruningCallback(
+            [0.3, 0.9], costs={"body.weight": np.float64(1), "head.weight": torch.tensor(2.0)}
+        ),
+        lambda: PruningCallback(
+            [0.3, 0.9], costs=lambda *_: {"body.weight": np.float32(1), "head.weight": np.int64(2)}
+        ),
+        lambda: PruningCallback([0.3, 0.9], rewind="learning_rate"),
+    ],
+)
+def test_a_checkpoint_can_be_read_whatever_the_numbers_came_from(
+    model, batches, trainer, tmp_path, make
+):
+    def fit(network, epochs, ckpt_path=None):
+        network.example_input_array = torch.zeros(1, 20)
+        pruning = make()
+        done = trainer(pruning, max_epochs=4, plugins=[AtomicCheckpointIO()], limit_val_batches=0)
+        done.fit_loop.max_epochs = epochs
+        done.fit(network, batches, ckpt_path=ckpt_path)
+        done.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return pruning
+
+    fit(model, 3)
+    saved = torch.load(tmp_path / "3.ckpt", weights_only=True)["callbacks"]["PruningCallback"]
+    for name in saved["masks"]:
+        saved["masks"][name].pop("bits")
+    json.dumps(saved)
+    resumed = fit(type(model)(), 4, tmp_path / "3.ckpt")
+    assert resumed.round == len(resumed.plan.rounds)
+
+
+class Rated(TwoLayers):
+    """Learning rates as NumPy computes them."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=np.float64(0.1))
+        return [optimizer], [MultiStepLR(optimizer, np.array([1, 2]))]
+
+
+def test_the_learning_rates_in_the_state_are_plain(batches, trainer):
+    pruning = PruningCallback(OneShot(0.5), rewind="learning_rate")
+    trainer(pruning, max_epochs=1).fit(Rated(), batches)
+    file = io.BytesIO()
+    torch.save(pruning.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["learning_rate"]["groups"][0][0]["lr"] == 0.1
+
+
+def test_a_schedule_that_no_checkpoint_can_hold_is_refused_before_training(
+    model, batches, trainer, tmp_path
+):
+    class Odd(TwoLayers):
+        def configure_optimizers(self):
+            [optimizer], [scheduler] = super().configure_optimizers()
+            scheduler.odd = object()
+            return [optimizer], [scheduler]
+
+    odd = Odd()
+    before = odd.body.weight.clone()
+    pruning = PruningCallback(OneShot(0.5), rewind="learning_rate")
+    with pytest.raises(ValueError, match=r"got object for schedulers\[0\]\['odd'\]"):
+        trainer(pruning, enable_checkpointing=True).fit(odd, batches)
+    assert torch.equal(odd.body.weight, before)
+    trainer(pruning, max_epochs=1).fit(odd, batches)  # which writes none
+    assert sparsity(odd) == 0.5
+
+
+class Finetuned(TwoLayers):
+    """Only what is not frozen has a parameter group from the start."""
+
+    @property
+    def backbone(self):
+        return self.body
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+class Unfreeze(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.body)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.body, optimizer, lr=0.04)
+        if epoch > 1:  # also where a training goes on
+            self.make_trainable(pl_module.body)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("resume_after", [None, 1, 2, 4])
+def test_groups_added_during_training_are_rewound_to_where_they_came(
+    batches, trainer, tmp_path, order, resume_after
+):
+    class Rates(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def fit(ckpt_path=None):
+        pruning = PruningCallback(
+            [0.5, 0.8], start_epoch=3, epochs_per_round=2, rewind="learning_rate"
+        )
+        callbacks, watch, network = [Unfreeze(), pruning][::order], Rates(), Finetuned()
+        trainer(*callbacks, watch, max_epochs=7).fit(network, batches, ckpt_path=ckpt_path)
+        assert pruning.sparsity == sparsity(network) == 0.8
+        return watch.seen
+
+    expected = [[0.1], [0.05, 0.04], [0.025, 0.02], *[[0.1, 0.04], [0.05, 0.02]] * 2]
+    seen = fit()
+    assert seen == [pytest.approx(rates) for rates in expected]
+    if resume_after is not None:
+        again = fit(tmp_path / f"{resume_after}.ckpt")
+        assert again == seen[-len(again) :]
+
+
+def test_a_backbone_is_unfrozen_beside_rewinding(batches, trainer):
+    pruning = PruningCallback(Linear(0.8, 2), start_epoch=2, rewind="learning_rate")
+    unfreeze = BackboneFinetuning(1, lambda _: 1.0, backbone_initial_lr=0.01)
+    network = Finetuned()
+    trainer(unfreeze, pruning).fit(network, batches)
+    assert sparsity(network) == 0.8
 
 
 def test_refuses_to_resume_another_method(model, batches, trainer, tmp_path):
@@ -328,6 +534,93 @@ def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_
         trainer(PruningCallback(Linear(0.9, 2))).fit(type(model)(), batches, ckpt_path=path)
 
 
+def without(key):
+    return lambda state: state.pop(key)
+
+
+def of(key, value):
+    return lambda state: state.update({key: value})
+
+
+def of_mask(key, value):
+    return lambda state: state["masks"]["body.weight"].update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        *(
+            (without(key), f"no `{key}`")
+            for key in ("round", "method", "plan", "costs", "masks", "names", "learning_rate")
+        ),
+        (of("round", 99), "round 99 of a plan of 2 rounds"),
+        (of("round", -1), "-1 for `round`"),
+        (of("round", 1.0), "1.0 for `round`"),
+        (of("round", True), "True for `round`"),
+        (of("round", "1"), "'1' for `round`"),
+        (of("plan", None), "round 1 of a plan of 0 rounds"),
+        (of("plan", {"unit": "epoch"}), "for `plan`"),
+        (of("plan", {"unit": "day", "rounds": []}), "for `plan`"),
+        (of("plan", {"unit": "epoch", "rounds": [[0, 0.45], [1]]}), "for `plan`"),
+        (of("plan", {"unit": "epoch", "rounds": [[0, 0.45], [1, "0.9"]]}), "for `plan`"),
+        (of("masks", {}), "no masks at round 1; no mask for 'body.weight'"),
+        (of("masks", None), "None for `masks`"),
+        (of("masks", []), "for `masks`"),
+        (without("masks"), "no `masks`"),
+        (lambda state: state["masks"].pop("head.weight"), "no mask for 'head.weight'"),
+        (
+            lambda state: state["masks"].update(other=state["masks"]["head.weight"]),
+            "a mask for 'other', which the model does not have",
+        ),
+        (
+            of_mask("shape", [20, 50]),
+            "a mask of shape [20, 50] for 'body.weight' of shape [50, 20]",
+        ),
+        (of_mask("shape", "abc"), "for `masks`"),
+        (of_mask("shape", None), "for `masks`"),
+        (of_mask("bits", torch.zeros(3, dtype=torch.uint8)), "for `masks`"),
+        (of_mask("bits", torch.zeros(125)), "for `masks`"),
+        (of_mask("bits", torch.zeros(125, 1, dtype=torch.uint8)), "for `masks`"),
+        (of_mask("bits", [0] * 125), "for `masks`"),
+        (of("names", []), "masks, but no `names`"),
+        (of("names", ["body.weight", 3]), "for `names`"),
+        (of("names", ["body.weight", "tail.weight"]), "no mask for 'tail.weight'"),
+        (of("names", "body.weight"), "for `names`"),
+        (of("method", "magnitude"), "for `method`"),
+        (of("costs", {"body.weight": "1"}), "for `costs`"),
+        (of("learning_rate", None), "no learning rate to go back to at round 1"),
+        (of("learning_rate", {"groups": []}), "for `learning_rate`"),
+        (of("learning_rate", {"groups": [{}], "schedulers": []}), "for `learning_rate`"),
+    ],
+)
+def test_a_state_that_contradicts_itself_is_refused_by_name(
+    model, batches, trainer, tmp_path, damage, said
+):
+    def pruning():
+        return PruningCallback(Linear(0.9, 2), rewind="learning_rate")
+
+    path = tmp_path / "one.ckpt"
+
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(path)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    with pytest.warns(UserWarning, match="below the target"):
+        trainer(pruning(), Save(), max_epochs=2).fit(model, batches)
+    checkpoint = torch.load(path)
+    state = checkpoint["callbacks"]["PruningCallback"]
+    damage(state)
+    torch.save(checkpoint, path)
+    resumed = pruning()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        trainer(resumed, max_epochs=2).fit(type(model)(), batches, ckpt_path=path)
+    assert resumed.round == 0
+    assert resumed.state_dict()["masks"] == {}
+
+
 def test_a_second_fit_holds_the_zeros_and_a_new_model_starts_over(model, batches, trainer):
     pruning, watch = PruningCallback(OneShot(0.8), start_epoch=2), Watch()
     trainer(pruning, max_epochs=3).fit(model, batches)
@@ -338,6 +631,29 @@ def test_a_second_fit_holds_the_zeros_and_a_new_model_starts_over(model, batches
     other, watch = type(model)(), Watch()
     trainer(pruning, watch, max_epochs=4).fit(other, batches)
     assert watch.seen == [0, 0, 0.8, 0.8]
+
+
+@both
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_let_go_after_training(batches, trainer, tmp_path, masking, fails):
+    class Fail(TwoLayers):
+        def on_train_epoch_end(self):
+            if fails and self.trainer.current_epoch == 1:
+                raise RuntimeError("the disk is full")
+
+    pruning = PruningCallback(Linear(0.8, 2), masking=masking(), rewind="learning_rate")
+    best = SparsityCheckpoint(monitor="val_accuracy", mode="max", dirpath=tmp_path)
+    network, loader = Fail(), batches.train_dataloader()
+    with pytest.raises(RuntimeError, match="full") if fails else nullcontext():
+        fit = trainer(pruning, best, max_epochs=3, enable_checkpointing=True)
+        fit.fit(network, loader, loader)
+    alive = weakref.ref(network.body.weight)
+    del network, fit, loader
+    gc.collect()
+    assert alive() is None
+    assert pruning.sparsity == 0.8
+    copied = pickle.loads(pickle.dumps(pruning))
+    assert copied.state_dict()["learning_rate"] == pruning.state_dict()["learning_rate"]
 
 
 def test_validate_test_and_predict_never_prune(model, batches, trainer):
@@ -618,3 +934,31 @@ def same(one, other):
             same(here, there)
     else:
         assert one == other
+
+
+class Replaces(L.Callback):
+    """Gives the model a new layer, trained from then on, in the place of one that is pruned."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            pl_module.body = torch.nn.Linear(20, 50)
+            trainer.optimizers[0].add_param_group({"params": list(pl_module.body.parameters())})
+
+
+@pytest.mark.parametrize("masking", [InPlace, Reparametrize])
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_layer_that_is_replaced_is_pruned_like_the_old_one(
+    model, batches, trainer, masking, rounds
+):
+    pruning = PruningCallback(Linear(0.8, rounds), masking=masking())
+    watch = Watch()
+    trainer(pruning, Replaces(), watch, max_epochs=5).fit(model, batches)
+    assert watch.seen[3:] == [0.8, 0.8]
+    assert sparsity(model) == pruning.sparsity == 0.8
+
+
+def test_says_when_fit_begins_what_stays_dense(model, batches, trainer, caplog):
+    caplog.set_level(logging.INFO)
+    model.table = torch.nn.Parameter(torch.zeros(20, 10))
+    trainer(PruningCallback(OneShot(0.5), exclude=["table"]), max_epochs=1).fit(model, batches)
+    assert "Trained tensors that stay dense: table (" in caplog.text

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.utils import prune
 from two_layers import TwoLayers
 
-from pruneflow import Linear, OneShot, PruningCallback, Reparametrize, sparsity
+from pruneflow import InPlace, Linear, OneShot, PruningCallback, Reparametrize, sparsity
 from pruneflow.checkpoint import SparsityCheckpoint
+from pruneflow.checkpoint_io import AtomicCheckpointIO
 from pruneflow.companions import denser_choices
 from pruneflow.masks import MaskSet
 from pruneflow.plan import Clock, Plan
@@ -233,8 +234,21 @@ def test_another_fit_starts_over_and_leaves_the_files_of_the_first(
     assert set(map(str, tmp_path.iterdir())) == {*first, *best.best_of_rounds.values()}
     assert len(list(tmp_path.iterdir())) == 6
     unmeasured = trainer(by_epoch(), best, enable_checkpointing=True, check_val_every_n_epoch=9)
-    unmeasured.fit(Measured(), batches)
+    with pytest.warns(UserWarning, match="No validation"):
+        unmeasured.fit(Measured(), batches)
     assert (best.best_model_path, best.best_model_score, best.best_of_rounds) == ("", None, {})
+
+
+@same_folder
+def test_a_state_that_is_not_whole_is_refused_by_name(fit):
+    path = fit(by_epoch()).best_of_rounds[1]
+    checkpoint = torch.load(path)
+    for key, state in checkpoint["callbacks"].items():
+        if key.startswith("SparsityCheckpoint"):
+            del state["best_of_rounds"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="must be whole, got no `best_of_rounds`"):
+        fit(by_epoch(), module=Measured(), ckpt_path=path)
 
 
 def test_another_folder_starts_over(fit, trainer, batches, tmp_path):
@@ -301,14 +315,14 @@ def test_a_metric_that_validation_does_not_log_is_refused(fit, monitor):
         (ModelCheckpoint(monitor="step", mode="min"), {}, "SparsityCheckpoint"),
         (ModelCheckpoint(monitor="sparsity", mode="max"), {}, None),
         (SparsityCheckpoint(monitor="a"), {}, None),
-        (EarlyStopping("a"), {}, r"epoch 5.*set Trainer\(min_epochs=...\) to more than 5"),
-        (EarlyStopping("a"), {"min_epochs": 5}, "min_epochs"),
-        (EarlyStopping("a"), {"min_epochs": 6}, None),
-        (EarlyStopping("a", patience=4), {}, "min_epochs"),
-        (EarlyStopping("a", patience=5), {}, None),
-        (EarlyStopping("a", patience=5), {"val_check_interval": 0.5}, "min_epochs"),
-        (EarlyStopping("a", patience=5, stopping_threshold=0.1), {}, "min_epochs"),
-        (EarlyStopping("a", patience=5, divergence_threshold=9.0), {}, "min_epochs"),
+        (EarlyStopping("a"), {}, r"at epoch 5, has been.*set Trainer\(min_epochs=8\)"),
+        (EarlyStopping("a"), {"min_epochs": 7}, "min_epochs"),
+        (EarlyStopping("a"), {"min_epochs": 8}, None),
+        (EarlyStopping("a", patience=6), {}, "min_epochs"),
+        (EarlyStopping("a", patience=7), {}, None),
+        (EarlyStopping("a", patience=7), {"val_check_interval": 0.5}, "min_epochs"),
+        (EarlyStopping("a", patience=7, stopping_threshold=0.1), {}, "min_epochs"),
+        (EarlyStopping("a", patience=7, divergence_threshold=9.0), {}, "min_epochs"),
     ],
 )
 def test_says_which_callbacks_may_choose_a_denser_model(trainer, callback, kwargs, remedy):
@@ -328,7 +342,26 @@ def test_nothing_is_denser_where_all_is_pruned_at_once_or_for_a_trial(trainer):
     assert denser_choices(trial, Plan.lay([0.5, 0.8])) == []
 
 
-@pytest.mark.parametrize(("minimum", "patience"), [({}, 5), ({"min_epochs": 6}, 1)])
+@pytest.mark.parametrize(
+    ("sparsities", "length", "end"),
+    [
+        ([0.5, 0.8], None, 8),
+        ([0.5, 0.8], 7, 7),
+        ([0.5, 0.8], 30, 8),
+        ([0.8], 30, 30),
+        ([0.8], None, 3),
+    ],
+)
+def test_the_advice_leads_to_the_end_of_the_last_rounds_fine_tuning(
+    trainer, sparsities, length, end
+):
+    plan = Plan.lay(sparsities, Clock(start=2, every=3), length)
+    (message,) = denser_choices(trainer(EarlyStopping("a", patience=0)), plan)
+    assert message.endswith(f"set Trainer(min_epochs={end})")
+    assert denser_choices(trainer(EarlyStopping("a", patience=0), min_epochs=end), plan) == []
+
+
+@pytest.mark.parametrize(("minimum", "patience"), [({}, 7), ({"min_epochs": 8}, 1)])
 def test_early_stopping_of_which_nothing_is_said_waits_for_the_last_round(
     trainer, batches, model, minimum, patience
 ):
@@ -338,13 +371,151 @@ def test_early_stopping_of_which_nothing_is_said_waits_for_the_last_round(
     once = trainer(pruning, stopping, max_epochs=20, **minimum)
     once.fit(model, batches)
     assert denser_choices(once, pruning.plan) == []
-    assert (once.current_epoch, pruning.round) == (6, 2)
+    assert (once.current_epoch, pruning.round) == (8, 2)
 
 
 def test_early_stopping_stops_by_steps_too(trainer):
     plan = Plan.lay([0.5, 0.8], Clock(start=2, every=3, unit="step"))
-    for steps, said in ((None, 1), (5, 1), (6, 0)):
+    for steps, said in ((None, 1), (7, 1), (8, 0)):
         assert (
             len(denser_choices(trainer(EarlyStopping("a", patience=99), min_steps=steps), plan))
             == said
         )
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "known_ahead"),
+    [
+        (by_epoch, dict(max_epochs=5, check_val_every_n_epoch=3), True),
+        (by_epoch, dict(max_epochs=6, check_val_every_n_epoch=7), True),
+        (by_epoch, dict(max_epochs=5, check_val_every_n_epoch=4, val_check_interval=0.5), True),
+        (by_epoch, dict(check_val_every_n_epoch=None, val_check_interval=15), False),
+        (by_step, dict(max_epochs=5, check_val_every_n_epoch=3), False),
+        (by_epoch, dict(max_epochs=-1, max_steps=18, check_val_every_n_epoch=3), False),
+    ],
+)
+def test_a_last_round_that_no_validation_follows_is_said_to_be_without_checkpoint(
+    fit, make, kwargs, known_ahead
+):
+    pruning = make()
+    with pytest.warns(UserWarning, match="No validation") as warned:
+        best = fit(pruning, **kwargs)
+    said = [str(warning.message) for warning in warned]
+    assert any("No validation followed the last round" in text for text in said)
+    assert any("No validation will follow" in text for text in said) == known_ahead
+    assert (best.best_model_path, pruning.sparsity) == ("", 0.9)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(max_epochs=6, check_val_every_n_epoch=3),
+        dict(max_epochs=5, check_val_every_n_epoch=5),
+        dict(check_val_every_n_epoch=None, val_check_interval=20),
+        dict(fast_dev_run=True, check_val_every_n_epoch=9),
+    ],
+)
+def test_nothing_is_said_where_a_validation_follows(fit, kwargs):
+    assert bool(fit(by_epoch(), **kwargs).best_model_path) == ("fast_dev_run" not in kwargs)
+
+
+@same_folder
+def test_nothing_is_said_where_the_last_round_was_in_another_fit(fit):
+    pruning = by_epoch()
+    fit(pruning)
+    assert fit(pruning, max_epochs=2).best_model_path
+
+
+class Swapping(torch.optim.SGD):
+    """Trains with one set of weights and validates another, as schedule-free optimizers do."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            other = self.state[parameter].setdefault("other", torch.rand_like(parameter))
+            other.lerp_(parameter.detach(), 0.1)
+        return loss
+
+    @torch.no_grad()
+    def swap(self):
+        for parameter in self.param_groups[0]["params"]:
+            if "other" in self.state[parameter]:
+                trained = parameter.clone()
+                parameter.copy_(self.state[parameter]["other"])
+                self.state[parameter]["other"] = trained
+
+
+def swapping(before, after):
+    class Swapped(Measured):
+        def configure_optimizers(self):
+            return Swapping(self.parameters(), lr=0.01)
+
+    def swap(self):
+        if not self.trainer.sanity_checking:
+            self.optimizers().optimizer.swap()
+
+    setattr(Swapped, before, swap)
+    setattr(Swapped, after, swap)
+    return Swapped()
+
+
+@pytest.mark.parametrize("masking", [InPlace, Reparametrize])
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("on_validation_model_eval", "on_validation_model_train"),
+        ("on_validation_start", "on_validation_end"),
+        ("on_validation_epoch_start", "on_validation_epoch_end"),
+    ],
+)
+def test_each_has_the_sparsity_of_its_name_beside_weights_swapped_for_validation(
+    trainer, batches, tmp_path, before, after, weights_only, masking
+):
+    class Measuring(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            if not trainer.sanity_checking:
+                seen.append(sparsity(state_of(pl_module)))
+
+        def on_before_backward(self, trainer, pl_module, loss):
+            trained.append(sparsity(state_of(pl_module)))
+
+    def state_of(module):
+        plain = Measured()
+        plain.load_state_dict(module.state_dict())
+        return plain
+
+    seen, trained = [], []
+    pruning = by_epoch(optimizer_state="keep", masking=masking())
+    best = SparsityCheckpoint(monitor="val_loss", dirpath=tmp_path, save_weights_only=weights_only)
+    module = swapping(before, after)
+    trainer(pruning, Measuring(), best, enable_checkpointing=True).fit(module, batches)
+    assert seen == [0] * 8 + [0.45] * 8 + [0.9] * 8 == trained
+    assert list(best.best_of_rounds) == [0, 1, 2]
+    for round, path in best.best_of_rounds.items():
+        plain = Measured()
+        plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        assert sparsity(plain) == [0, 0.45, 0.9][round]
+    assert sparsity(module) == 0.9
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\u00e4" * 300, "val/" + "y" * 240])
+def test_a_long_name_of_a_metric_is_cut_short(trainer, batches, tmp_path, name):
+    class Long(TwoLayers):
+        def validation_step(self, batch, batch_idx):
+            self.log(name, nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    for plugins in ([], [AtomicCheckpointIO()]):
+        best = SparsityCheckpoint(monitor=name, dirpath=tmp_path / str(len(plugins)))
+        pruning = PruningCallback(OneShot(0.5))
+        settings = {"enable_checkpointing": True, "max_epochs": 1, "plugins": plugins}
+        trainer(pruning, best, **settings).fit(Long(), batches)
+        [path] = (tmp_path / str(len(plugins))).iterdir()
+        assert re.search(r"sparsity=0\.5000-.*=0\.\d{4}\.ckpt", path.name)
+
+
+def test_names_that_no_file_system_takes_are_refused():
+    for filename in ("a" * 231, "{epoch}-" + "b" * 230, "folder/" + "\u00e4" * 120):
+        with pytest.raises(ValueError, match="`filename` must make names of at most 230 bytes"):
+            SparsityCheckpoint(monitor="val_loss", filename=filename)
+    SparsityCheckpoint(monitor="val_loss", filename="a" * 200 + "/" + "b" * 200 + "-{val_loss:.2f}")

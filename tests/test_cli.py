@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import forked
 import pytest
@@ -109,6 +110,50 @@ def test_the_plan_is_printed_before_training(finished):
     assert plan in printed
     assert printed.index("amount of the remaining") < printed.index("Dense phase")
     assert printed.count("amount of the remaining") == 1
+
+
+def test_every_epoch_is_a_line_in_the_output_and_with_its_time_in_the_log(finished):
+    folder, printed = finished
+    lines = [line for line in printed.splitlines() if line.startswith("Epoch ")]
+    assert [line[:16] for line in lines] == [f"Epoch {n} ({n + 1} of 5)" for n in range(5)]
+    with (folder / "metrics.csv").open() as file:
+        for line, row in zip(lines, csv.DictReader(file), strict=True):
+            assert f"round {row['round']}, {100 * float(row['sparsity']):.2f} % sparse" in line
+            assert f"val accuracy {100 * float(row['val_accuracy']):.2f} %" in line
+            assert re.search(r"train loss \d.*; \d:\d\d:\d\d left$", line)
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+    log = (folder / "pruneflow.log").read_text()
+    for line in (*lines, "Reading pictures: Digits", "Testing the dense and the pruned network"):
+        assert re.search(
+            rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d.* {re.escape(line)}$", log, re.MULTILINE
+        )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_on_a_terminal_there_is_a_bar_and_the_lines_above_it(tmp_path):
+    terminal, inside = os.openpty()
+    tiny = ("dense.epochs=1", "pruning.epochs=1", "schedule.rounds=1", "deploy.batches=[]")
+    process = subprocess.Popen(
+        [*COMMAND, *tiny, "trainer.limit_train_batches=2", "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=inside,
+        stderr=subprocess.STDOUT,
+    )
+    os.close(inside)
+    printed = b""
+    line = re.compile(rb"Epoch 1 \(2 of 2\), round 1, 98.00 % sparse")
+    with suppress(OSError):  # which is how a terminal ends
+        while not line.search(printed) and (part := os.read(terminal, 2**16)):
+            printed += part
+    process.kill()
+    process.wait()
+    os.close(terminal)
+    assert line.search(printed), printed.decode()
+    assert b"2/2" in printed  # of the bar
+    log = (tmp_path / "run" / "pruneflow.log").read_text()
+    assert log.count("Epoch ") == 2
 
 
 def test_the_model_loads_strict_into_the_plain_network_with_exact_zeros(finished):
@@ -220,6 +265,24 @@ def test_a_remainder_of_epochs_trains_at_a_learning_rate_and_bfloat16_works(tmp_
     assert [int(row["round"]) for row in rows] == [1, 1, 2, 2, 3, 3, 3]
     assert all(float(row["lr"]) > 0 for row in rows)
     assert float(rows[0]["lr"]) == float(rows[2]["lr"]) == float(rows[4]["lr"])
+
+
+def test_each_stage_has_a_learning_rate_schedule_of_its_own_length(tmp_path):
+    pruneflow(
+        "dense.epochs=2",
+        "pruning.epochs=4",
+        "schedule.rounds=2",
+        "pruning.rewind=null",
+        "optimizer.lr=0.1",
+        "trainer.accumulate_grad_batches=2",
+        "deploy.batches=[]",
+        "hydra.run.dir=run",
+        cwd=tmp_path,
+    )
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    expected = [0.1, 0.05, 0.1, 0.0853553, 0.05, 0.0146447]  # half a cosine, as epochs begin
+    assert rates == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):

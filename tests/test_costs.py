@@ -3,9 +3,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from pruneflow import NM, compute_masks, latency, magnitude, multiply_adds, sparsity_report
 from pruneflow.parameters import locate
@@ -40,6 +42,61 @@ def test_shared_and_unused_layers_cost_what_they_are_used():
             return self.one(self.one(self.two(x)))
 
     assert multiply_adds(Shares(), torch.zeros(1, 4)) == {"one.weight": 3.0, "unused.weight": 0.0}
+
+
+class Layers(nn.Module):
+    """Layers, and code that uses them."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.one, self.two, self.code = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), code
+        self.listed = nn.ModuleList([self.one, self.two])
+        self.experts = nn.Parameter(torch.ones(3, 4, 5))
+        self.old = nn.Parameter(torch.ones(4, 6))
+
+    def forward(self, x):
+        return self.code(self, x)
+
+
+CODE = {
+    "listed": (lambda m, x: m.listed[1](m.listed[0](x)), {"one": 2, "two": 2}),
+    "twice": (lambda m, x: m.one(m.listed[0](x)), {"one": 4}),
+    "function": (lambda m, x: F.linear(x, m.one.weight), {"one": 2}),
+    "matrix": (lambda m, x: (x @ m.two.weight.T)[None].expand(3, 2, 4) @ m.experts,
+               {"two": 2, "experts": 2}),
+    "transposed": (lambda m, x: torch.addmm(m.old[0], x, m.old), {"old": 2}),
+    "both": (lambda m, x: x @ (m.one.weight @ m.two.weight), {"one": 2, "two": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_weight_costs_what_is_multiplied_by_it(name):
+    code, expected = CODE[name]
+    unused = {"one.weight": 0, "two.weight": 0}
+    costs = {n if n in ("experts", "old") else f"{n}.weight": c for n, c in expected.items()}
+    model, example = Layers(code), torch.zeros(2, 4)
+    assert multiply_adds(model, example) == unused | costs
+    wrapped = nn.Sequential(nn.ModuleDict({"x": model}).x)
+    assert multiply_adds(wrapped, example) == {f"0.{n}": c for n, c in (unused | costs).items()}
+    compiled = torch.compile(model, backend="eager")
+    assert multiply_adds(compiled, example) == unused | costs
+
+
+def test_attention_and_masked_weights_count_as_well():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    prune.l1_unstructured(layer.linear1, "weight", 0.5)
+    costs = multiply_adds(layer, torch.zeros(1, 3, 8))
+    assert costs == dict.fromkeys(costs, 3.0)
+    assert len(costs) == 4
+    report = sparsity_report(layer, torch.zeros(1, 3, 8))
+    assert report.multiply_adds - report.remaining_multiply_adds == 3 * 8 * 16 // 2
+
+
+def test_latency_counts_layers_under_two_names_and_tied_ones_once():
+    model = Layers(lambda m, x: m.listed[1](m.one(x)))
+    model.listed[1].weight = model.one.weight
+    costs = latency(model, torch.zeros(2, 4), repeats=3)
+    assert list(costs) == ["one.weight"] and costs["one.weight"] > 0
 
 
 class Slow(nn.Linear):

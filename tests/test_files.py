@@ -27,6 +27,15 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["report.json"]
 
 
+@pytest.mark.parametrize("name", ["a" * 250 + ".ckpt", "\u00e4" * 125 + ".json", "b" * 255])
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path, name):
+    with write_whole(tmp_path / name) as path:
+        path.write_text("whole")
+        assert path.name.startswith(".")
+        assert ".partial" in path.name
+    assert (tmp_path / name).read_text() == "whole"
+
+
 def test_whoever_may_read_a_new_file_may_read_it(tmp_path):
     (tmp_path / "any").touch()
     for _ in range(2):  # the second replaces what somebody made private

@@ -181,6 +181,7 @@ def check_zeros(model, masks):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.filterwarnings("ignore:.*neither pruned nor counted")
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), seed=st.integers(0, 9))
 def test_prunes_exactly_what_a_stable_sort_says_and_holds_it(data, seed):

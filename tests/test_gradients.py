@@ -159,7 +159,10 @@ def test_scores_of_halves_do_not_vanish():
     ("gradients", "error"),
     [
         (lambda: None, r"`gradients` is expected to say where .*taylor"),
-        (lambda: Gradients(loss, 0), "`batches` is expected to be at least 1, but 0 came"),
+        (
+            lambda: Gradients(loss, 0),
+            "`batches` is expected to be a whole number of at least 1, but 0 came",
+        ),
     ],
 )
 def test_refuses_at_construction(gradients, error):

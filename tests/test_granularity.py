@@ -9,7 +9,17 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
-from pruneflow import NM, Block, Channels, Pruner, Random, compute_masks, magnitude, sparsity_report
+from pruneflow import (
+    NM,
+    Block,
+    Channels,
+    Pruner,
+    Random,
+    compute_masks,
+    layer_types,
+    magnitude,
+    sparsity_report,
+)
 from pruneflow.costs import multiply_adds
 from pruneflow.deploy import shrink
 
@@ -72,6 +82,67 @@ def test_refuses_what_groups_cannot_be():
     for n, m in ((0, 4), (4, 4), (5, 4)):
         with pytest.raises(ValueError, match="0 < n < m"):
             NM(n, m)
+
+
+@given(seed=st.integers(0, 99), before=st.floats(0, 0.6), sparsity=st.floats(0, 0.5))
+def test_n_of_m_brings_no_pruned_weight_back(seed, before, sparsity):
+    torch.manual_seed(seed)
+    weights = {"w": torch.randn(8, 16)}
+    masks = {"w": torch.rand(8, 16) >= before}
+    pruned = 128 - int(masks["w"].sum())
+    target = max(sparsity, min(pruned / 128, 0.5))
+    if round(target * 128) >= pruned:
+        after = compute_masks(
+            weights, target, importance=magnitude, granularity=NM(2, 4), masks=masks
+        )["w"]
+        assert not (after & ~masks["w"]).any()
+        left = masks["w"].unflatten(1, (-1, 4)).sum(2).clamp(max=2)
+        kept = after.unflatten(1, (-1, 4)).sum(2)
+        assert (kept >= left).all()
+        if target == 0.5:
+            assert torch.equal(kept, left)
+        else:
+            assert int((~after).sum()) == round(target * 128)
+
+
+class Conv1D(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+
+def groups(weight, dim):
+    return (weight != 0).movedim(dim, -1).unflatten(-1, (-1, 4)).sum(-1)
+
+
+def test_n_of_m_counts_along_the_dimension_that_is_multiplied(monkeypatch):
+    monkeypatch.setattr(layer_types, "_TYPES", dict(layer_types._TYPES))
+    model = nn.ModuleDict(
+        {
+            "up": nn.ConvTranspose2d(8, 6, 3),
+            "linear": nn.Linear(8, 5),
+            "conv1d": Conv1D(8, 6),
+            "lstm": nn.LSTM(8, 4),
+        }
+    )
+    include = ["*.weight*"]
+    with pytest.raises(
+        ValueError, match=r"along which dimension .*conv1d\.weight \(Conv1D\).*regis"
+    ):
+        Pruner(model, include=include, granularity=NM(2, 4), optimizers=[])
+    layer_types.register_layer(Conv1D, input_dim=0)
+    Pruner(model, granularity=NM(2, 4), optimizers=[]).prune_to(0.5)
+    assert (groups(model["up"].weight, 0) == 2).all()
+    assert (groups(model["conv1d"].weight, 0) == 2).all()
+    assert (groups(model["linear"].weight, 1) == 2).all()
+    assert (groups(model["lstm"].weight_hh_l0, 1) == 2).all()
+
+
+def test_n_of_m_of_experts():
+    experts = {"up": torch.randn(3, 8, 5)}
+    granularity = NM(2, 4, dims={"up": 1})
+    masks = compute_masks(experts, 0.5, importance=magnitude, granularity=granularity)
+    assert (groups(masks["up"], 1) == 2).all()
 
 
 # -- blocks ---------------------------------------------------------------------------------------
@@ -215,7 +286,7 @@ def test_layers_that_are_left_out_keep_their_channels():
 
 def test_says_what_channels_need():
     model = small_resnet()
-    with pytest.raises(ValueError, match="`example_input` is expected"):
+    with pytest.raises(ValueError, match=r"`example_input` must be .* got None"):
         Pruner(model, granularity=Channels(), optimizers=[])
     with pytest.raises(ValueError, match="'global' or 'layer' for channels"):
         Pruner(model, granularity=Channels(IMAGE), scope={"all": ["*"]}, optimizers=[]).prune_to(
@@ -346,5 +417,5 @@ def test_refuses_before_training_what_cannot_be():
             Pruner(model, costs={"0.weight": 1.0, "2.weight": cost}, optimizers=[])
     with pytest.raises(ValueError, match=r"at most 0\.875, where one channel"):
         Pruner(model, granularity=Channels(example), optimizers=[]).check(0.9)
-    with pytest.raises(ValueError, match=r"`example_input` is expected to be .*tuple came"):
-        Pruner(model, granularity=Channels((example,)), optimizers=[])
+    with pytest.raises(ValueError, match=r"`example_input` must be .*got ndarray"):
+        Pruner(model, granularity=Channels(example.numpy()), optimizers=[])

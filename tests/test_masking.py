@@ -1,6 +1,8 @@
 """One conformance suite for both ways to hold masks."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -272,10 +274,173 @@ def test_reparametrize_refuses_by_name(model, name, why):
         Reparametrize().attach(model, MaskSet({name: torch.ones(shape, dtype=torch.bool)}), [])
 
 
-def test_in_place_refuses_sparse_gradients_by_name():
-    model = nn.Sequential(nn.Embedding(4, 2, sparse=True))
-    with pytest.raises(ValueError, match=r"those of 0\.weight are sparse"):
-        InPlace().attach(model, MaskSet({"0.weight": torch.ones(4, 2, dtype=torch.bool)}), [])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.SparseAdam])
+def test_in_place_holds_tensors_with_sparse_gradients(optimizer):
+    table = nn.Embedding(6, 4, sparse=True)
+    mask = torch.rand(6, 4) < 0.5
+    optimizer = optimizer(table.parameters(), lr=0.1)
+    held = InPlace()
+    held.attach(table, MaskSet({"weight": mask}), [optimizer])
+    for _ in range(2):
+        table(torch.tensor([1, 2, 2, 5])).sum().backward()
+    dense = table.weight.grad.to_dense()
+    expected = torch.tensor([0.0, 2, 4, 0, 0, 2])[:, None].expand(6, 4)
+    assert torch.equal(dense, torch.where(mask, expected, 0))
+    before = table.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(table.weight != 0, mask & (before != 0))
+    assert not torch.equal(table.weight, before)
+
+
+def test_in_place_holds_complex_weights():
+    layer = nn.Linear(4, 3, dtype=torch.complex64)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    masks = Pruner(layer, optimizers=[optimizer]).prune_to(0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.randn(5, 4, dtype=torch.complex64)).abs().sum().backward()
+        assert torch.equal(layer.weight.grad != 0, masks["weight"])
+        optimizer.step()
+        assert torch.equal(layer.weight != 0, masks["weight"])
+
+
+def orders():
+    """Textbook trainings in which a graph outlives the step of another optimizer."""
+
+    def adversarial(g, d, og, od):  # the order of PyTorch's own tutorial on DCGAN
+        fake = g(torch.randn(8, 4))
+        od.zero_grad()
+        (d(fake.detach()).mean() - d(torch.randn(8, 4)).mean()).backward()
+        od.step()
+        og.zero_grad()
+        (-d(fake).mean()).backward()
+        og.step()
+
+    def heads(g, d, og, od):  # two losses of one pass, each with an optimizer of its own
+        hidden = torch.randn(8, 4)
+        one, two = g(hidden).square().mean(), d(hidden).square().mean()
+        og.zero_grad()
+        one.backward()
+        og.step()
+        od.zero_grad()
+        two.backward()
+        od.step()
+
+    def one_at_a_time(g, d, og, od):  # an optimizer that skips what has no gradient
+        both = torch.optim.SGD([*g.parameters(), *d.parameters()], lr=0.1)
+        waits = d(torch.randn(8, 4)).square().mean()
+        g(torch.randn(8, 4)).square().mean().backward()
+        both.step()
+        waits.backward()
+        both.zero_grad()
+
+    return [adversarial, heads, one_at_a_time]
+
+
+@both
+@pytest.mark.parametrize("order", orders())
+def test_steps_leave_alone_what_other_graphs_hold(masking, order):
+    def train(prune):
+        torch.manual_seed(0)
+        g, d = (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in "gd")
+        og, od = (torch.optim.Adam(net.parameters(), lr=0.1) for net in (g, d))
+        model = nn.ModuleList([g, d])
+        if prune:
+            Pruner(model, optimizers=[og, od], masking=masking()).prune_to(0.5)
+        for _ in range(3):
+            order(g, d, og, od)
+        return sparsity(model)
+
+    train(prune=False)
+    assert train(prune=True) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_step_shows_in_the_graphs_that_it_breaks():
+    layer = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    Pruner(layer, optimizers=[optimizer]).prune_to(0.5)
+    loss = layer(layer(torch.randn(2, 3))).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_in_place_holds_through_steps_within_the_backward_pass(when):
+    model = network()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in model.parameters()}
+
+    def step(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    def hook():
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+
+    if when == "before":
+        hook()
+    Pruner(model, optimizers=list(optimizers.values())).prune_to(0.8)
+    if when == "after":
+        hook()
+    for _ in range(3):
+        model(torch.randn(4, 1, 6, 6)).square().sum().backward()
+        assert sparsity(model) == pytest.approx(0.8, abs=1e-3)
+
+
+@both
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("part", [None, 3])
+def test_what_load_state_dict_brings_is_masked_at_once(masking, assign, part):
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    target = model if part is None else model[part]
+    first = copy.deepcopy(target.state_dict())
+    pruner = Pruner(model, optimizers=[optimizer], masking=masking())
+    masks = pruner.prune_to(0.8)
+    target.load_state_dict(first, assign=assign)
+    assert sparsity(model) == masks.sparsity
+    held = target.state_dict()
+    name = "3.weight" if part is None else "weight"
+    assert torch.equal(held[name], torch.where(masks["3.weight"], first[name], 0))
+    pruner.remove()
+    assert not any(module._load_state_dict_post_hooks for module in model.modules())
+    target.load_state_dict(first)
+    assert torch.equal(target.state_dict()[name], first[name])
+
+
+def test_copies_of_a_held_model_are_free(tmp_path):
+    model = network()
+    dense = copy.deepcopy(model.state_dict())
+    Pruner(model, optimizers=[torch.optim.SGD(model.parameters(), 0.1)]).prune_to(0.5)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert sparsity(twin) == 0.5
+        twin.load_state_dict(dense)
+        assert sparsity(twin) == 0
+
+
+@both
+def test_a_model_that_is_no_longer_used_is_freed(masking):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = Pruner(model, optimizers=[optimizer], masking=masking())
+    pruner.prune_to(0.5)
+    weight = weakref.ref(model[0].weight)
+    del model, optimizer, pruner
+    gc.collect()
+    assert weight() is None
+
+
+def test_in_place_follows_a_model_to_another_dtype():
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    Pruner(model, optimizers=[optimizer]).prune_to(0.5)
+    model.double()
+    model(torch.randn(4, 1, 6, 6).double()).sum().backward()
+    optimizer.step()
+    assert sparsity(model) == 0.5
 
 
 def test_reparametrize_refuses_tied_weights():

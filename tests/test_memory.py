@@ -87,6 +87,7 @@ class Censuses(L.Callback):
         self.taken.append(census())
 
 
+@pytest.mark.filterwarnings("ignore:Round 47 of 50 prunes")  # the rate decays all the while
 @both
 def test_fifty_rounds_of_a_training_retain_what_three_do(model, batches, trainer, masking):
     pruning = PruningCallback(Linear(0.9, 50), masking=masking())

@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +22,23 @@ def test_each_round_is_due_exactly_once(rounds, start, every, slack):
     assert due[-1] == rounds
     for number in range(1, rounds + 1):
         assert due.index(number) == start + (number - 1) * every
+
+
+def test_a_look_at_a_long_plan_is_a_short_one():
+    class Watched:
+        looks = 0
+
+        def __init__(self, at):
+            self._at = at
+
+        @property
+        def at(self):
+            Watched.looks += 1
+            return self._at
+
+    plan = Plan(tuple(Watched(3 * number) for number in range(1, 5001)), "step", None)
+    assert [plan.due(step) for step in (0, 2, 3, 4, 7500, 99999)] == [0, 0, 1, 1, 2500, 5000]
+    assert Watched.looks < 6 * 14
 
 
 def test_amounts_are_of_the_remaining():
@@ -78,8 +97,20 @@ def test_refuses_more_rounds_than_fit_but_not_one_that_just_fits():
         (dict(start=-1), "`start_epoch`"),
         (dict(every=0), "`epochs_per_round`"),
         (dict(every=1.5, unit="step"), "`steps_per_round`"),
+        (dict(every=np.float64(2)), "`epochs_per_round`"),
+        (dict(start=np.True_), "`start_epoch`"),
+        (dict(start=torch.tensor([1, 2])), "`start_epoch`"),
     ],
 )
 def test_refuses_a_clock_that_does_not_run(clock, message):
     with pytest.raises(ValueError, match=message):
         Clock(**clock)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_whole_numbers_of_any_kind_become_plain(kind):
+    clock = Clock(kind(3), kind(2))
+    assert clock == Clock(3, 2)
+    assert type(clock.start) is type(clock.every) is int
+    assert Clock.counting(None, None, kind(0), kind(5)) == Clock(0, 5, "step")
+    assert Plan.lay(kind(2), clock, 9) == Plan.lay(2, clock, 9)

@@ -2,11 +2,12 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import prune
 
-from pruneflow import MaskSet, Pruner, Random, fold_model, sparsity
+from pruneflow import InPlace, MaskSet, Pruner, Random, Reparametrize, fold_model, sparsity
 
 
 def model():
@@ -155,3 +156,193 @@ def test_refuses_the_zero_optimizer(tmp_path):
             Pruner(network, optimizers=[optimizer])
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Accelerated(torch.optim.Optimizer):
+    """As Accelerate and Hugging Face's Trainer hand out: `__init__` of Optimizer is not called."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize(
+    "wrap", [Accelerated, lambda o: Accelerated(Accelerated(o)), LightningOptimizer]
+)
+def test_zeros_hold_through_wrapped_optimizers(wrap):
+    network = model()
+    inner = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    train(network, inner)
+    optimizer = wrap(inner)
+    pruner = Pruner(network, optimizers=[optimizer])
+    masks = pruner.prune_to(0.8)
+    assert not inner.state[network[0].weight]["momentum_buffer"][~masks["0.weight"]].any()
+    train(network, Accelerated(inner))
+    assert sparsity(network) == 0.8
+    pruner.follow([optimizer])
+    pruner.remove()
+    assert not inner._optimizer_step_post_hooks
+
+
+def test_what_is_no_optimizer_is_refused_before_anything_is_held():
+    network = model()
+    for optimizers in ([object()], [network], torch.optim.SGD(network.parameters())):
+        with pytest.raises(TypeError, match="`optimizers` is expected to be a list of"):
+            Pruner(network, optimizers=optimizers)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in network.parameters())
+
+
+def replace_layer(network, optimizer):
+    network[2] = nn.Linear(20, 10)
+    optimizer.add_param_group({"params": list(network[2].parameters())})
+
+
+def replace_parameter(network, optimizer):
+    network[2].weight = nn.Parameter(torch.randn(10, 20))
+    optimizer.add_param_group({"params": [network[2].weight]})
+
+
+def load_by_assignment(network, optimizer):
+    network.load_state_dict(model().state_dict(), assign=True)
+    optimizer.param_groups[0]["params"] = list(network.parameters())
+    optimizer.state.clear()
+
+
+@pytest.mark.parametrize(
+    ("masking", "replace"),
+    [
+        (InPlace, replace_layer),
+        (InPlace, replace_parameter),
+        (InPlace, load_by_assignment),
+        (Reparametrize, replace_layer),
+        (Reparametrize, load_by_assignment),
+    ],
+)
+@pytest.mark.parametrize("noticed", ["step", "round", "end"])
+def test_parameters_that_are_replaced_are_held_instead(masking, replace, noticed):
+    network = model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruner(network, optimizers=[optimizer], masking=masking())
+    pruner.prune_to(0.8)
+    train(network, optimizer)
+    replace(network, optimizer)
+    if noticed == "step" and masking is InPlace:
+        train(network, optimizer, steps=1)
+        assert sparsity(network) == 0.8
+    if noticed == "round":
+        assert pruner.prune_to(0.9).sparsity == sparsity(network) == 0.9
+        train(network, optimizer)
+        assert sparsity(network) == 0.9
+    reached = pruner.masks.sparsity
+    pruner.remove()
+    assert sparsity(network) == reached
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in network.parameters())
+
+
+def test_parameters_that_are_replaced_before_the_first_prune_are_pruned():
+    network = model()
+    pruner = Pruner(network, optimizers=[])
+    network[2] = nn.Linear(20, 30)
+    assert pruner.prune_to(0.5).weights == 10 * 20 + 20 * 30
+    assert sparsity(network) == 0.5
+
+
+def test_replaced_parameters_that_cannot_be_held_are_refused():
+    network = model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    pruner = Pruner(network, optimizers=[optimizer])
+    pruner.prune_to(0.5)
+    network[2] = nn.Linear(20, 10)
+    with pytest.raises(ValueError, match=r"none holds 2\.weight"):
+        pruner.prune_to(0.6)
+    network[2] = nn.Linear(20, 11)
+    with pytest.raises(ValueError, match=r"mask '2\.weight' is expected to have the shape"):
+        pruner.prune_to(0.6)
+    with pytest.raises(ValueError, match=r"mask '2\.weight'"):
+        train(nn.Sequential(network[0], network[1]), optimizer)
+    del network[2]
+    with pytest.raises(ValueError, match=r"has no '2\.weight'"):
+        pruner.remove()
+    assert len(pruner.masks) == 0
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_an_optimizer_that_lets_go_of_the_weights_is_noticed():
+    network = model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    pruner = Pruner(network, optimizers=[optimizer])
+    pruner.prune_to(0.5)
+    optimizer.param_groups[0]["params"] = [p.detach().clone() for p in network.parameters()]
+    with pytest.raises(ValueError, match=r"none holds 0\.weight, 2\.weight"):
+        pruner.prune_to(0.6)
+
+
+def test_two_pruners_of_one_tensor_count_what_the_other_holds():
+    network = model()
+    one = Pruner(network, importance=Random(0), optimizers=[])
+    other = Pruner(network, importance=Random(1), optimizers=[])
+    assert one.prune_to(0.5).sparsity == sparsity(network) == 0.5
+    assert other.prune_to(0.5).sparsity == sparsity(network) == 0.5
+    assert other.prune_to(0.7).sparsity == sparsity(network) == 0.7
+    assert one.prune_to(0.8).sparsity == sparsity(network) == 0.8
+    dense = MaskSet({name: torch.ones_like(mask) for name, mask in one.masks.items()})
+    with pytest.raises(
+        ValueError, match=r"keep no weight that another Pruner holds .*`remove\(\)`"
+    ):
+        other.hold(dense)
+    one.remove()
+    assert other.masks.sparsity == 0.7
+    other.remove()
+    assert Pruner(network, importance=Random(2), optimizers=[]).hold(dense).sparsity == 0
+
+
+class Lora(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(32, 32).requires_grad_(False)
+        self.down, self.up = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_tensors_that_start_at_zero_are_not_taken_for_pruned():
+    pruner = Pruner(Lora(), optimizers=[])
+    with pytest.warns(UserWarning, match=r"^up\.weight are zero throughout.*empty=True"):
+        assert pruner.hold_zeros().pruned == 0
+    assert pruner.hold_zeros(empty=True).pruned == 128
+    with pytest.warns(UserWarning, match=r"nothing is left of up\.weight: "):
+        Pruner(Lora(), optimizers=[]).prune_to(0.5)
+
+
+def test_names_once_what_nothing_is_left_of():
+    network = model()
+    network[2].weight.data *= 0.01
+    pruner = Pruner(network, optimizers=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.prune_to(0.4)
+        with pytest.raises(UserWarning, match=r"nothing is left of 2\.weight: .*`exclude` them"):
+            pruner.prune_to(0.6)
+    with pytest.warns(UserWarning, match="nothing is left"):
+        pruner.prune_to(0.6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pruner.prune_to(0.7).sparsity == 0.7
+
+
+def test_says_how_much_stays_dense_unasked():
+    network = nn.Sequential(nn.Embedding(50, 10), nn.Linear(10, 10))
+    with pytest.warns(UserWarning, match=r"82\.0% of all parameters .*: 0\.weight \(82\.0%\)"):
+        Pruner(network, optimizers=[])
+    for patterns in ({"exclude": [nn.Embedding]}, {"include": ["*.weight"]}):
+        Pruner(network, optimizers=[], **patterns)

@@ -138,13 +138,15 @@ TINY = (
     "data.batch_size=16",
     "data.crop_padding=1",
     "deploy.batches=[]",
+    "lr_scheduler=one_cycle",
 )
 OTHER = (
     *TINY,
     "masking=reparametrize",
     "importance=taylor",
     "optimizer=adamw",
-    "lr_scheduler=multistep",
+    "lr_scheduler=cosine",
+    "lr_scheduler.warmup_epochs=1",
     "pruning.rewind=learning_rate",
     "pruning.epochs=8",
     "dense.cache=null",

@@ -1,7 +1,11 @@
 import pickle
+from dataclasses import astuple
+from fractions import Fraction
 from functools import reduce
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -49,6 +53,42 @@ def test_refuses_rounds_it_does_not_have(make, round):
         make(0.9, 4)(round)
 
 
+def plain(value):
+    """Whether it is Python's own number, or a tuple of such."""
+    return all(map(plain, value)) if type(value) is tuple else type(value) in (int, float)
+
+
+@every_schedule
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.array, torch.tensor, Fraction])
+def test_numbers_of_any_kind_become_plain(make, number):
+    whole = np.array if number is np.array else torch.tensor if number is torch.tensor else np.int64
+    schedule = make(number(0.75), whole(3))
+    assert schedule == make(0.75, 3)
+    assert plain(astuple(schedule))
+    assert plain(sparsity_per_round(schedule))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        list(np.linspace(0.3, 0.9, 4)),
+        np.linspace(0.3, 0.9, 4),
+        torch.linspace(0.3, 0.9, 4, dtype=torch.float64),
+        [torch.tensor(0.3), Fraction(1, 2), np.float16(0.7), 0.9],
+        lambda k: 1 - np.exp(-0.3 * k),
+        lambda k: torch.tensor(0.2) * k,
+        Explicit(np.linspace(0.3, 0.9, 4), target=np.float32(0.8), rounds=np.int64(4)),
+        Explicit.from_amounts(np.full(4, 0.2), target=np.float64(0.8)),
+        Compounding(amount=np.float64(0.2), rounds=np.int8(4)),
+        Compounding(target=np.float64(0.6), amount=np.float32(0.2)),
+    ],
+)
+def test_sparsities_are_plain_whatever_they_are_computed_with(schedule):
+    sparsities = sparsity_per_round(schedule, 4)
+    assert plain(sparsities)
+    assert len(sparsities) >= 4
+
+
 @given(amount=st.floats(0.01, 0.8), rounds=st.integers(1, 6))
 def test_compounding_is_the_formula(amount, rounds):
     schedule = Compounding(amount=amount, rounds=rounds)
@@ -82,7 +122,14 @@ def test_cubic_and_linear_literals():
     assert [Linear(0.8, 4)(k) for k in (1, 2, 4)] == pytest.approx([0.2, 0.4, 0.8])
 
 
-@pytest.mark.parametrize("target", [1, 1.0, -0.1, 98, "0.9", True, float("nan")])
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(1, 1.0, -0.1, 98, "0.9", True, float("nan"), 0.5j, 1 - Fraction(1, 10**20)),
+        *(np.float64(1), np.float32("nan"), np.False_, np.array([0.5]), torch.tensor([0.5])),
+        *(torch.tensor(False), torch.tensor(1.5)),
+    ],
+)
 @every_schedule
 def test_refuses_a_target_outside_zero_to_one(make, target):
     with pytest.raises(ValueError, match="`target` is expected to be a number in"):

@@ -62,3 +62,31 @@ def test_prints_a_table_with_a_total():
     assert lines[0].split() == ["tensor", "shape", "weights", "kept", "sparsity"]
     assert lines[-2].split() == ["total", "1,108", "1,108", "0.00%"]
     assert lines[-1].endswith("compression ratio 1.00")
+
+
+def test_what_is_not_counted_is_named():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    model[0].weight.data[:5] = 0
+    model[1].weight.data[0] = 0
+    with pytest.warns(UserWarning, match=r"neither pruned nor counted.*0\.weight \(44\.4%\)"):
+        report = sparsity_report(model)
+    assert (report.weights, report.zeros, report.sparsity) == (40, 4, 0.1)
+    assert [(layer.name, layer.zeros) for layer in report.dense] == [("0.weight", 20)]
+    assert report.remaining == 90 - 24
+    assert "Not counted: 0.weight (44.4% of all parameters, 50.00% zeros)" in str(report)
+    with pytest.warns(UserWarning, match="neither pruned nor counted"):
+        assert sparsity(model) == 0.1
+    assert sparsity(model, exclude=[nn.Embedding]) == 0.1
+    assert sparsity(model, include=["*.weight"]) == 24 / 80
+
+
+def test_layers_under_two_names_and_tied_ones_count_once():
+    model = nn.Module()
+    model.one, model.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    model.layers = nn.Sequential(model.one, nn.ReLU(), model.two)
+    model.two.weight = model.one.weight
+    model.one.weight.data[0] = 0
+    model.forward = lambda x: model.layers(x)
+    report = sparsity_report(model, torch.zeros(1, 4))
+    assert (report.parameters, report.weights, report.zeros) == (16, 16, 4)
+    assert (report.multiply_adds, report.remaining_multiply_adds) == (32, 24)

@@ -12,9 +12,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
-from pruneflow.channels.analysis import analyse, check_same, evaluating, owned, plain
-from pruneflow.channels.rules import NORMS, Carried
+from pruneflow.channels.analysis import analyse, check_same, outputs, owned, plain
+from pruneflow.channels.rules import NORMS, Carried, laid_out_as
 from pruneflow.channels.tracing import trace
+from pruneflow.running import Example, evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class Coupling:
         return len(self.families)
 
 
-def find_coupling(model: nn.Module, example_input: Tensor) -> Coupling:
+def find_coupling(model: nn.Module, example_input: Example) -> Coupling:
     """Find the channels of a model that can be removed, and what belongs to each.
 
     All in the order of the forward pass in evaluation mode, with all arguments but the first at
@@ -82,6 +83,8 @@ def find_coupling(model: nn.Module, example_input: Tensor) -> Coupling:
         for rule in rules:
             if isinstance(rule, Carried) and rule.has_size_in_code:
                 flow.pin(rule.node)
+            elif isinstance(rule, Carried) and rule.drops_one:
+                flow.pin(rule.node, 1)  # beside the one that stays of each family
         unit_of = flow.units()
         entries = [
             (entry, unit.cpu())
@@ -108,14 +111,14 @@ def find_coupling(model: nn.Module, example_input: Tensor) -> Coupling:
 
 @torch.no_grad()
 def remove_channels(
-    model: nn.Module, example_input: Tensor, optimizers: Sequence[Optimizer] = ()
+    model: nn.Module, example_input: Example, optimizers: Sequence[Optimizer] = ()
 ) -> int:
     """Remove channels that structured pruning has zeroed from the layers of a model, in place.
 
     A channel goes if every weight and bias that writes it, batch norm's weight and bias, and every
     weight that reads it are zero; the last one of a layer stays. So what the model computes does
     not change, and training goes on as under masks: gradients and the state of the optimizers go
-    along. Parameters are new objects under their old names; the optimizers are given them.
+    along. Parameters stay the same objects, so that whatever trains them goes on to do so.
 
     Of Adafactor's state, and other factored ones, entries of removed channels go and the rest stays
     as it is, although it holds means over more channels than there are now.
@@ -123,7 +126,7 @@ def remove_channels(
     Args:
         model: The model, plain: without masks or hooks on its parameters.
         example_input: A batch of what the model takes, on its device.
-        optimizers: All that train the model.
+        optimizers: All that train the model and have a state, such as momentum.
 
     Returns:
         How many channels were removed.
@@ -158,17 +161,17 @@ def remove_channels(
             kept.setdefault(name, {})[dim] = (~goes).nonzero().flatten()
     cut = _Cut(model, kept)
     states = [cut.states(optimizer) for optimizer in optimizers]
-    with evaluating(model, example_input):
-        expected = model(example_input.clone())
+    expected = outputs(model, example_input)
     before = _swap(cut.attributes())
     try:
-        with evaluating(model, example_input):
-            check_same(expected, _run(model, example_input), "removal of channels")
+        check_same(expected, model, "removal of channels")
     except BaseException:
         _swap(before)
         raise
+    cut.keep_parameters()
     for optimizer, state in zip(optimizers, states, strict=True):
-        cut.hand_over(optimizer, state)
+        for parameter, values in state.items():
+            optimizer.state[parameter] = values
     return int(dead.sum())
 
 
@@ -207,8 +210,8 @@ class _Cut:
                 f"along, but {', '.join(hooked)} have; remove masks and other hooks first"
             )
         self._tensors: dict[str, Tensor] = {}
-        # Old parameter -> its name, the indices that stay, and the new parameter.
-        self._new: dict[Tensor, tuple[str, Mapping[int, Tensor], nn.Parameter]] = {}
+        # Parameter -> its name, the indices that stay, and a parameter with these alone.
+        self._new: dict[nn.Parameter, tuple[str, Mapping[int, Tensor], nn.Parameter]] = {}
         for name, indices in kept.items():
             old = present[name]
             self._tensors[name] = _entries(old, indices)
@@ -229,7 +232,7 @@ class _Cut:
         return values
 
     def states(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
-        """The optimizer's state of the new parameters.
+        """The optimizer's state of the parameters as they will be.
 
         Raises:
             ValueError: If it is not of their shape.
@@ -243,10 +246,10 @@ class _Cut:
             )
         states = {}
         for old in own:
-            name, indices, new = self._new[old]
+            name, indices, _ = self._new[old]
             if old in optimizer.state:
-                states[new] = dict(optimizer.state[old])
-            for key, value in states.get(new, {}).items():
+                states[old] = dict(optimizer.state[old])
+            for key, value in states.get(old, {}).items():
                 if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
                     if not _follows(value, old):
                         raise ValueError(
@@ -254,20 +257,20 @@ class _Cut:
                             f"parameters, or single numbers, but {kind} has another as {key!r} of "
                             f"{name}; make a new optimizer after channels were removed"
                         )
-                    states[new][key] = _entries(value, indices, old)
+                    states[old][key] = _entries(value, indices, old)
         return states
 
-    def hand_over(
-        self, optimizer: Optimizer, states: Mapping[nn.Parameter, dict[str, Any]]
-    ) -> None:
-        """Let an optimizer go on with the new parameters."""
-        for group in optimizer.param_groups:
-            for index, old in enumerate(group["params"]):
-                if old in self._new:
-                    new = group["params"][index] = self._new[old][2]
-                    optimizer.state.pop(old, None)
-                    if new in states:
-                        optimizer.state[new] = states[new]
+    def keep_parameters(self) -> None:
+        """Put the parameters back into their places, with the entries that stay."""
+        for old, (name, _, new) in self._new.items():
+            old.grad = None
+            # By way of another dtype, or autograd would go by the old shape as long as a graph of
+            # the old one is alive.
+            wide = torch.float32 if old.dtype == torch.float64 else torch.float64
+            old.data = torch.empty(0, dtype=wide, device=old.device)
+            old.data, old.grad = new.data, new.grad
+            owner, _, attribute = name.rpartition(".")
+            setattr(self._model.get_submodule(owner), attribute, old)
 
 
 def _entries(tensor: Tensor, kept: Mapping[int, Tensor], parameter: Tensor | None = None) -> Tensor:
@@ -275,12 +278,11 @@ def _entries(tensor: Tensor, kept: Mapping[int, Tensor], parameter: Tensor | Non
 
     Where a state of an optimizer has one entry for all those of its parameter, it stays.
     """
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    result = tensor.detach().permute(order)
+    result = tensor.detach()
     for dim, indices in kept.items():
         if parameter is None or tensor.shape[dim : dim + 1] == parameter.shape[dim : dim + 1]:
-            result = result.index_select(order.index(dim), indices.to(tensor.device))
-    return result.permute([order.index(dim) for dim in range(tensor.dim())])
+            result = result.index_select(dim, indices.to(tensor.device))
+    return laid_out_as(result, tensor)
 
 
 def _follows(value: Any, parameter: Tensor) -> bool:
@@ -308,16 +310,6 @@ def _sizes(module: nn.Module, attribute: str, tensor: Tensor) -> dict[str, int]:
     if isinstance(module, nn.PReLU):
         return {"num_parameters": len(tensor)}
     return {}
-
-
-def _run(model: nn.Module, example_input: Tensor) -> Any:
-    try:
-        return model(example_input.clone())
-    except Exception as error:  # it is the model's own code
-        raise RuntimeError(
-            "`model` is expected to run with fewer channels, but that ended with: "
-            f"{error}; take numbers of channels in `forward` from the shapes of its tensors"
-        ) from error
 
 
 def _swap(attributes: Mapping[tuple[nn.Module, str], Any]) -> dict[tuple[nn.Module, str], Any]:

@@ -86,10 +86,10 @@ class Flow:
             for other in others:
                 self._parents[self._find(other)] = self._find(first)
 
-    def pin(self, node: fx.Node) -> None:
-        """Let all channels of a value stay."""
+    def pin(self, node: fx.Node, count: int | None = None) -> None:
+        """Let all channels of a value stay, or the first few."""
         if node in self.values:
-            self._pinned.update(self.values[node].atoms.tolist())
+            self._pinned.update(self.values[node].atoms[:count].tolist())
 
     def units(self) -> Tensor:
         """Per atom the unit that stays or goes as one, numbered from 0; -1 where it has to stay."""

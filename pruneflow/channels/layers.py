@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneflow.channels.flow import rounded_up
-from pruneflow.channels.rules import Entries, Rule
+from pruneflow.channels.rules import Entries, Rule, laid_out_as
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -226,7 +226,7 @@ class Weighted(Rule):
     def _resize(self, weight: Tensor, bias: Tensor | None, columns: Tensor, rows: Tensor) -> None:
         module = self.module
         trained = module.weight.requires_grad
-        module.weight = nn.Parameter(weight.detach().contiguous(), trained)
+        module.weight = nn.Parameter(laid_out_as(weight.detach(), module.weight), trained)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach()[rows], trained)
         names = ("in_features", "out_features")

@@ -117,7 +117,7 @@ def _rule_of_function(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule
     sources = tensor_inputs(node)
     if flattens(node):
         return Carried(traced, flow, node, only_zeros=False)
-    if set(node.all_input_nodes) != set(sources):
+    if set(node.all_input_nodes) != set(sources) or "out" in node.kwargs:
         return Rule(traced, flow, node)
     if node.target is torch.cat:
         return Concatenated(traced, flow, node)

@@ -193,7 +193,7 @@ class Pointwise(Rule):
             owner, _, attribute = str(source.target).rpartition(".")
             module = self.traced.get_submodule(owner)
             old = getattr(module, attribute)
-            tensor = old.detach().movedim(own, 0)[kept].movedim(0, own)
+            tensor = laid_out_as(old.detach().movedim(own, 0)[kept].movedim(0, own), old)
             if isinstance(old, nn.Parameter):
                 tensor = nn.Parameter(tensor, old.requires_grad)
             setattr(module, attribute, tensor)
@@ -276,6 +276,7 @@ class Carried(Rule):
                 grown = torch.flatten(probe, 1).shape
             else:
                 grown = compute(self.traced, self.node, {source: probe}).shape
+            self.drops_one = self._drops_a_dimension_of_size_one(source, probe)
         except (RuntimeError, IndexError, ValueError):
             return False
         if len(grown) != len(result_shape):
@@ -294,6 +295,14 @@ class Carried(Rule):
         result.known = known.repeat_interleave(self.run)
         result.constant = channels.constant.repeat_interleave(self.run) * result.known
         return True
+
+    def _drops_a_dimension_of_size_one(self, source: fx.Node, probe: Tensor) -> bool:
+        """Whether a single channel would have no dimension, as after `squeeze()`."""
+        if flattens(self.node):
+            return False
+        one = probe.narrow(self.flow.values[source].dim, 0, 1)
+        ndim = compute(self.traced, self.node, {source: one}).dim()
+        return ndim != len(self.node.meta["shape"])
 
     @property
     def has_size_in_code(self) -> bool:
@@ -356,6 +365,12 @@ def attribute_of(traced: fx.GraphModule, path: str) -> Tensor:
     owner, _, attribute = path.rpartition(".")
     tensor: Tensor = getattr(traced.get_submodule(owner), attribute)
     return tensor
+
+
+def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the memory layout of another, such as channels_last."""
+    order = sorted(range(other.dim()), key=other.stride, reverse=True)
+    return tensor.permute(order).contiguous().permute([order.index(d) for d in range(other.dim())])
 
 
 def flattens(node: fx.Node) -> bool:

@@ -129,6 +129,9 @@ class ImageData(LightningDataModule):
         """
         if self._ready:
             return
+        _log.info(
+            "Reading pictures: %s%s", type(self).__name__, f", {self.root}" if self.root else ""
+        )
         train, test, classes = self.load()
         self.classes = tuple(classes)
         self.image_shape = _shape(train.images)
@@ -153,6 +156,12 @@ class ImageData(LightningDataModule):
         self.mean, self.std = mean.tolist(), std.tolist()
         self._val_order = self.val_indices[spread(train.labels[self.val_indices])]
         self._test_order = spread(test.labels)
+        _log.info(
+            "Pictures: %d to train on, %d to validate on, %d to test on",
+            len(self.train_indices),
+            len(self.val_indices),
+            len(self._test_order),
+        )
         self._ready = True
 
     def fingerprint(self) -> str:

@@ -19,7 +19,7 @@ from pruneflow.deploy.packed import load_packed, save_packed
 from pruneflow.deploy.runtime import sparse_compile
 from pruneflow.deploy.shrink import shrink
 from pruneflow.files import write_whole
-from pruneflow.sparsity import multiply_adds_per_module
+from pruneflow.sparsity import multiply_adds_by_weight
 
 Run = Callable[[Tensor], Tensor]
 
@@ -152,7 +152,7 @@ class Builder:
         models = self._shrunk_model, self.dense
         left, parameters = (sum(p.numel() for p in model.parameters()) for model in models)
         cheaper, multiply_adds = (
-            multiply_adds_per_module(model, self.example).get("", 0) for model in models
+            multiply_adds_by_weight(model, self.example)[0] for model in models
         )
         return (
             f"{left:,} of {parameters:,} parameters and {cheaper:,} of {multiply_adds:,} "

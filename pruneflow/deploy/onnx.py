@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pruneflow.deploy.extras import require
 from pruneflow.files import write_whole
+from pruneflow.running import Example, arguments, call, evaluating, tensors_in
 
 _TOLERANCE = 1e-4  # of the norm of the outputs
 # Beyond it weights go into a second file, and the first alone would be neither whole nor movable.
@@ -23,7 +26,7 @@ _CHATTER = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 def export_onnx(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     path: str | Path,
     *,
     opset: int | None = None,
@@ -35,9 +38,9 @@ def export_onnx(
     Zeros are stored and computed like other weights: to gain by them, `shrink` the model first.
 
     Args:
-        model: Takes one tensor and returns one; it is exported in evaluation mode and left as it
-            was.
-        example_input: A batch, of any size, on the device of the model.
+        model: Returns one tensor; it is exported in evaluation mode and left as it was.
+        example_input: A batch, of any size, on the device of the model: a tensor, a tuple of
+            positional arguments or a dict of keyword arguments. What is no tensor is fixed.
         path: The file, written whole or not at all.
         opset: Version of ONNX's operators; None takes the one PyTorch recommends.
         dynamic_batch: Whether the file takes batches of any size, or of the example's alone.
@@ -45,9 +48,9 @@ def export_onnx(
     Raises:
         ImportError: If `onnxscript` or `onnxruntime` is not installed.
         TypeError: If the model returns something else than a tensor.
-        ValueError: If the example holds no sample, if the model has more weights than one file
-            holds, cannot be exported (to this opset), or if its outputs in ONNX Runtime differ by
-            more than 1e-4 of their norm.
+        ValueError: If the example holds no sample or is not what the model takes, if the model has
+            more weights than one file holds, cannot be exported (to this opset), or if its outputs
+            in ONNX Runtime differ by more than 1e-4 of their norm.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -59,10 +62,13 @@ def export_onnx(
     """
     require("onnxscript")
     require("onnxruntime")
-    if example_input.dim() == 0 or len(example_input) == 0:
+    sizes = {len(batch) if batch.dim() else 0 for batch in tensors_in(example_input)}
+    if 0 in sizes or not sizes or (dynamic_batch and len(sizes) > 1):
+        shapes = [tuple(batch.shape) for batch in tensors_in(example_input)]
         raise ValueError(
-            "`example_input` is expected to be a batch of one sample or more, but a tensor of "
-            f"shape {tuple(example_input.shape)} came"
+            "`example_input` must be a batch of one sample or more, in all of its tensors as many, "
+            f"got tensors of shape {', '.join(map(str, shapes)) or 'none'}; give a batch, or "
+            "dynamic_batch=False where the tensors differ"
         )
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -72,30 +78,33 @@ def export_onnx(
             f"file holds, but it has {size:,}; shrink it or convert it to half precision"
         )
     # Older versions of PyTorch trace an axis of length 1 as a constant.
-    single = len(example_input) == 1
-    traced = torch.cat([example_input] * 2) if dynamic_batch and single else example_input
-    examples = [example_input]
-    if dynamic_batch:
-        examples.append(torch.cat([example_input] * 3) if single else example_input[:1])
-    with _evaluating(model), torch.no_grad():
-        expected = [model(example_input)]
+    single = sizes == {1}
+    traced, examples = example_input, [example_input]
+    if dynamic_batch and single:
+        traced = _resized(example_input, lambda x: torch.cat([x] * 2))
+        examples.append(_resized(example_input, lambda x: torch.cat([x] * 3)))
+    elif dynamic_batch:
+        examples.append(_resized(example_input, lambda x: x[:1]))
+    with evaluating(model, example_input):
+        expected = [call(model, example_input)]
         if not isinstance(expected[0], Tensor):
             raise TypeError(
                 f"`model` is expected to return one tensor, but {type(expected[0]).__name__} came; "
                 "wrap it in a module that returns the one you need"
             )
         try:
-            expected += [model(example) for example in examples[1:]]
-        except RuntimeError as error:
+            expected += [call(model, example) for example in examples[1:]]
+        except ValueError as error:
             raise ValueError(
-                f"`model` is expected to take batches of any size, but of {len(examples[1])} it "
-                f"does not: {error}; give dynamic_batch=False"
+                "`model` is expected to take batches of any size, but of "
+                f"{len(tensors_in(examples[1])[0])} it does not: {error.__cause__}; give "
+                "dynamic_batch=False"
             ) from error
         program = _export(model, traced, opset, dynamic_batch)
     with write_whole(Path(path)) as temporary:
         program.save(temporary, external_data=False)
         try:
-            found = [OnnxModel(temporary)(example) for example in examples]
+            found = [OnnxModel(temporary)(*tensors_in(example)) for example in examples]
         except ValueError as error:
             raise ValueError(
                 f"`model` is expected to run in ONNX Runtime once exported, but: {error.__cause__}"
@@ -114,13 +123,13 @@ class OnnxModel:
     """An ONNX file, run by ONNX Runtime on the CPU.
 
     Args:
-        path: A file with one input and one output.
+        path: A file with one output.
         threads: Number of threads; None leaves it to ONNX Runtime, one for each core.
 
     Raises:
         ImportError: If `onnxruntime` is not installed.
-        ValueError: If the file cannot be run, has several inputs or outputs, or is called with a
-            tensor of another shape or type than it takes.
+        ValueError: If the file cannot be run, has several outputs, or is called with tensors of
+            another shape or type than it takes, or more or fewer of them.
 
     Example:
         `logits = OnnxModel("model.onnx", threads=2)(images)`
@@ -142,35 +151,48 @@ class OnnxModel:
                 f"`path`={str(path)!r} is expected to be an ONNX file that ONNX Runtime "
                 f"{runtime.__version__} runs, but: {error}; export it with export_onnx"
             ) from error
-        inputs, outputs = session.get_inputs(), session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1:
+        outputs = session.get_outputs()
+        if len(outputs) != 1:
             raise ValueError(
-                f"`path`={str(path)!r} is expected to hold a model with one input and one output, "
-                f"but it has {len(inputs)} and {len(outputs)}; run it with onnxruntime itself"
+                f"`path`={str(path)!r} is expected to hold a model with one output, but it has "
+                f"{len(outputs)}; run it with onnxruntime itself"
             )
-        self._session, self._input = session, inputs[0]
+        self._session, self._inputs = session, session.get_inputs()
 
-    def __call__(self, batch: Tensor) -> Tensor:
-        """Run a batch; the outputs lie on the same device."""
-        feed = {self._input.name: batch.detach().cpu().numpy()}
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Run a batch, a tensor for each input; the outputs lie on the same device."""
+        arrays = [tensor.detach().cpu().numpy() for tensor in batch]
         try:
-            (output,) = self._session.run(None, feed)
+            names = [taken.name for taken in self._inputs]
+            (output,) = self._session.run(None, dict(zip(names, arrays, strict=True)))
         except Exception as error:
+            taken = [f"{taken.type} of shape {taken.shape}" for taken in self._inputs]
+            came = [f"{tensor.dtype} of shape {tuple(tensor.shape)}" for tensor in batch]
             raise ValueError(
-                f"`batch` is expected to be {self._input.type} of shape {self._input.shape}, but "
-                f"{batch.dtype} of shape {tuple(batch.shape)} came: {error}"
+                f"`batch` is expected to be {' and '.join(taken)}, but "
+                f"{' and '.join(came) or 'nothing'} came: {error}"
             ) from error
-        return torch.from_numpy(output).to(batch.device)
+        return torch.from_numpy(output).to(batch[0].device)
 
 
-def _export(model: nn.Module, example: Tensor, opset: int | None, dynamic_batch: bool) -> Any:
-    shapes: Any = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+def _resized(example_input: Example, resize: Callable[[Tensor], Tensor]) -> Any:
+    return tree_map(lambda x: resize(x) if isinstance(x, Tensor) else x, example_input)
+
+
+def _export(model: nn.Module, example: Example, opset: int | None, dynamic_batch: bool) -> Any:
+    args, kwargs = arguments(example)
+    shapes: Any = None
+    if dynamic_batch:
+        batch = torch.export.Dim("batch")
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, given)
     with _quiet():
         try:
             program: Any = torch.onnx.export(
                 model,
-                (example,),
-                input_names=["input"],
+                args,
+                kwargs=kwargs,
+                input_names=["input"] if isinstance(example, Tensor) else None,
                 output_names=["output"],
                 opset_version=opset,
                 dynamo=True,
@@ -217,17 +239,6 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

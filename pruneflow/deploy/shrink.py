@@ -6,17 +6,25 @@ import copy
 import operator
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from pruneflow.channels.analysis import analyse, check_same, owned, plain
+from pruneflow.channels.analysis import analyse, check_same, outputs, owned, plain
 from pruneflow.channels.flow import Flow
 from pruneflow.channels.layers import Weighted
 from pruneflow.channels.operations import SUMS, makes_a_new_tensor
-from pruneflow.channels.rules import Rule
-from pruneflow.channels.tracing import Storage, is_in_place, out_of_place, tensor_inputs, trace
+from pruneflow.channels.rules import Carried, Rule
+from pruneflow.channels.tracing import (
+    Storage,
+    given_tensors,
+    is_in_place,
+    out_of_place,
+    tensor_inputs,
+    trace,
+)
+from pruneflow.running import Example, device_of, evaluating
 
 
-def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False) -> nn.Module:
+def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> nn.Module:
     """A smaller dense model that computes the same in evaluation mode.
 
     Filters, channels, features and heads of attention go when no surviving weight reads or writes
@@ -58,10 +66,11 @@ def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False)
         )
     """
     model = plain(model)
-    with torch.no_grad(), torch.device(example_input.device):
-        small = copy.deepcopy(model).eval()
-        expected = small(example_input.clone())
+    expected = outputs(model, example_input)
+    small = copy.deepcopy(model).eval()
+    with evaluating(small, example_input):
         traced = trace(small, example_input)
+    with torch.no_grad(), device_of(model, example_input):
         own = owned(small, traced)
         flow, rules = analyse(traced, own, fixed_size=fixed_size)
         changed = False
@@ -78,7 +87,7 @@ def shrink(model: nn.Module, example_input: Tensor, *, fixed_size: bool = False)
                 node.meta.clear()  # of shapes that were
             traced.graph.lint()
             small = fx.GraphModule(traced, traced.graph, type(model).__name__).eval()
-        check_same(expected, small(example_input.clone()), "shrinking")
+    check_same(expected, small, "shrinking")
     return small
 
 
@@ -132,7 +141,7 @@ def _insert_constant(traced: fx.GraphModule, flow: Flow, node: fx.Node, source: 
 
 def _remove_unused(traced: fx.GraphModule, node: fx.Node) -> None:
     sources = node.all_input_nodes
-    writes = is_in_place(traced, node) and any(len(source.users) > 1 for source in sources)
+    writes = is_in_place(node) and any(len(source.users) > 1 for source in sources)
     if node.users or node.op == "placeholder" or writes:
         return
     traced.graph.erase_node(node)
@@ -150,20 +159,25 @@ def _settle(flow: Flow, rules: list[Rule]) -> None:
         if not flow.kept(channels).any():  # not all backends take tensors without any
             flow.keep(int(channels.atoms[0]))
     for rule in rules:
+        if isinstance(rule, Carried) and rule.drops_one:
+            channels = flow.values[rule.node]
+            if flow.kept(channels).sum() == 1:
+                flow.keep(int(channels.atoms[~flow.kept(channels)][0]))
+    for rule in rules:
         if isinstance(rule, Weighted):
             flow.round_up(rule.result)
 
 
 def _refuse_other_sizes(traced: fx.GraphModule) -> None:
     graph = traced.graph
-    image = next(node for node in graph.nodes if node.op == "placeholder")
-    size = image.meta["shape"][1:]
-    with graph.inserting_after(image):
-        shape = graph.call_function(getattr, (image, "shape"))
-    with graph.inserting_after(shape):
-        found = graph.call_function(operator.getitem, (shape, slice(1, None)))
-    with graph.inserting_after(found):
-        same = graph.call_function(operator.eq, (found, size))
-    message = f"the input is expected to be of the fixed size {size} this model was shrunk for"
-    with graph.inserting_after(same):
-        graph.call_function(torch._assert, (same, message))
+    for given in given_tensors(graph):
+        size = given.meta["shape"][1:]
+        with graph.inserting_after(given):
+            shape = graph.call_function(getattr, (given, "shape"))
+        with graph.inserting_after(shape):
+            found = graph.call_function(operator.getitem, (shape, slice(1, None)))
+        with graph.inserting_after(found):
+            same = graph.call_function(operator.eq, (found, size))
+        message = f"the input is expected to be of the fixed size {size} this model was shrunk for"
+        with graph.inserting_after(same):
+            graph.call_function(torch._assert, (same, message))

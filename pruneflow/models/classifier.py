@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -27,8 +28,9 @@ class Classifier(LightningModule):
         network: Images, float32 (B, C, H, W), to logits (B, `num_classes`).
         num_classes: Number of classes.
         optimizer: Takes the parameters, such as `partial(torch.optim.SGD, lr=0.1)`.
-        lr_scheduler: Takes the optimizer and is stepped once an epoch, such as
-            `partial(multistep, epochs=100)`; None keeps the learning rate.
+        lr_scheduler: Takes the optimizer and `steps_per_epoch`, how many of its steps make an
+            epoch, and is stepped after each, such as `partial(multistep, epochs=100)`; None keeps
+            the learning rate.
         label_smoothing: In [0, 1); of the training loss alone.
         channels_last: Keep network and images in PyTorch's channels-last memory format, which
             convolutions on GPUs in 16 bits prefer.
@@ -46,7 +48,7 @@ class Classifier(LightningModule):
         network: nn.Module,
         num_classes: int,
         optimizer: Callable[[Iterable[Parameter]], Optimizer],
-        lr_scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        lr_scheduler: Callable[..., LRScheduler] | None = None,
         *,
         label_smoothing: float = 0.0,
         channels_last: bool = False,
@@ -107,11 +109,23 @@ class Classifier(LightningModule):
         self.log_dict(values, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and, if there is one, its scheduler, stepped once an epoch."""
+        """The optimizer and, if there is one, its scheduler, stepped after each of its steps."""
         optimizer = self._optimizer(self.network.parameters())
         if self._lr_scheduler is None:
             return optimizer
-        return [optimizer], [self._lr_scheduler(optimizer)]
+        scheduler = self._lr_scheduler(optimizer, steps_per_epoch=self._steps_per_epoch())
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def _steps_per_epoch(self) -> int:
+        self.trainer.fit_loop.setup_data()  # which counts its batches
+        batches = self.trainer.num_training_batches
+        if batches == math.inf:
+            raise ValueError(
+                "`limit_train_batches` must be a number of batches where the training data have no "
+                f"length, got {self.trainer.limit_train_batches}; the learning rate is scheduled "
+                "over the steps of an epoch, so set it, or leave `lr_scheduler` out"
+            )
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def _step(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch

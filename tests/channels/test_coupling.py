@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import prune
 from torchvision.models import DenseNet, MobileNetV2, ResNet, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
@@ -334,6 +334,9 @@ def test_a_view_without_a_number_lets_channels_go(joined):
     assert members(model, torch.zeros(3, 2))["b.weight", 1] == [0, 1, 2, 3]
 
 
+MODES = []
+
+
 class Network(L.LightningModule):
     """Notes things while it runs."""
 
@@ -343,11 +346,11 @@ class Network(L.LightningModule):
             nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout()
         )
         self.head = nn.Linear(6, 2)
-        self.seen, self.modes = None, []
+        self.seen = None
 
     def forward(self, images):
         self.seen = images
-        self.modes.append((self.training, torch.is_grad_enabled()))
+        MODES.append((self.training, torch.is_grad_enabled()))
         self.noise = torch.rand(1)
         x = self.body(images) + torch.zeros(1)
         return self.head(x.mean((2, 3)))
@@ -376,7 +379,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name])
     assert torch.is_grad_enabled()
-    assert set(model.modes[1:]) == {(False, False)}
+    assert set(MODES[1:]) == {(False, False)}
 
 
 def test_a_compiled_model_is_the_model_it_wraps():
@@ -490,7 +493,7 @@ def test_gradients_flags_layouts_and_groups_of_optimizers_come_along():
     assert torch.equal(model[3].weight.grad, gradient[:, kept])
     assert not model[0].weight.requires_grad and model[0].bias.requires_grad
     assert model[0].weight.grad is None
-    assert model[3].bias is before["3.bias"] and model[3].weight is not before["3.weight"]
+    assert all(p is before[name] for name, p in model.named_parameters())
     first, second = optimizer.param_groups
     assert [id(p) for p in first["params"]] == [id(model[3].bias), id(model[3].weight)]
     assert [id(p) for p in second["params"]] == [id(model[1].weight)]
@@ -499,6 +502,21 @@ def test_gradients_flags_layouts_and_groups_of_optimizers_come_along():
     assert other.state[model[1].bias]["sum"].shape == (3,)
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
     torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def test_optimizers_that_are_not_named_go_on_to_train_the_model():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss = model(torch.randn(5, 4)).sum()  # its graph is alive while shapes change
+    with torch.no_grad():
+        model[0].weight[:3], model[0].bias[:3], model[2].weight[:, :3] = 0, 0, 0
+    assert remove_channels(model, torch.zeros(1, 4)) == 3
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.zero_grad()
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, model.parameters(), before))
+    assert loss.requires_grad
 
 
 def test_weights_stay_in_the_memory_layout_they_have():
@@ -625,3 +643,86 @@ def test_what_cannot_be_traced_is_refused_and_left_as_it_was():
     with pytest.raises(ValueError, match=r"`model` .* tracing Model .*control flow"):
         find_coupling(model, torch.ones(1, 4))
     assert model.training and model.a.training
+
+
+class Listed(nn.Module):
+    """Its layers have two names each, as in U-Nets on a backbone."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ModuleDict({"stem": nn.Conv2d(1, 4, 1), "norm": nn.BatchNorm2d(4)})
+        self.encoder = nn.Sequential(self.backbone["stem"], self.backbone["norm"], nn.ReLU())
+        self.head = nn.Conv2d(4, 2, 1)
+        self.last = self.head
+
+    def forward(self, x):
+        return self.last(self.encoder(x))
+
+
+def test_a_layer_under_two_names_goes_by_the_first():
+    model = Listed()
+    each = [0, 1, 2, 3]
+    assert members(model, PIXELS) == {
+        ("backbone.stem.weight", 0): each, ("backbone.stem.bias", 0): each,
+        ("backbone.norm.weight", 0): each, ("backbone.norm.bias", 0): each,
+        ("backbone.norm.running_mean", 0): each, ("backbone.norm.running_var", 0): each,
+        ("head.weight", 1): each,
+    }  # fmt: skip
+    with torch.no_grad():
+        for entries in (*model.encoder[0].parameters(), *model.encoder[1].parameters()):
+            entries[1] = 0
+        model.head.weight[:, 1] = 0
+    expected = model.eval()(PIXELS)
+    assert remove_channels(model, PIXELS) == 1
+    assert model.encoder[0] is model.backbone["stem"] and model.encoder[0].out_channels == 3
+    torch.testing.assert_close(model(PIXELS), expected)
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "prunable"),
+    [(lambda x: x.squeeze(), 3), (lambda x: x.squeeze((2, 3)), 4), (torch.squeeze, 3)],
+)
+def test_where_one_channel_would_be_squeezed_two_stay(squeeze, prunable):
+    def code(m, x):
+        return m.b(squeeze(m.a(x).mean((2, 3), keepdim=True)))
+
+    model = Model(code, a=nn.Conv2d(1, 4, 1), b=nn.Linear(4, 2))
+    images = torch.ones(2, 1, 2, 2)
+    assert find_coupling(model, images).units == prunable
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert remove_channels(model, images) == prunable - 1
+    assert model(images).shape == model(images[:1]).reshape(1, 2).expand(2, 2).shape
+
+
+def test_what_is_written_under_another_name_is_not_dead():
+    def code(m, x):
+        skip = h = m.a(x)
+        h += m.b(x)
+        return m.last(skip)
+
+    model = Model(code, a=nn.Linear(2, 3), b=nn.Linear(2, 3), last=nn.Linear(3, 1))
+    each = [0, 1, 2]
+    coupling = find_coupling(model, torch.zeros(1, 2))
+    assert {name for name, _ in coupling.writes} == {"a.weight", "a.bias", "b.weight", "b.bias"}
+    assert all(unit.tolist() == each for unit in coupling.members.values())
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (lambda m, x: x if x.sum() > 0 else -x, "tracing Model ended with"),
+        (lambda m, x: m.a(x.new_zeros(len(list(x)), 4)), "tracing Model ended with"),
+        (lambda m, x: m.a(fails(x)), "running what was traced of Model ended with: only once"),
+    ],
+)
+def test_all_that_tracing_raises_names_the_model_and_a_remedy(code, message):
+    model = Model(code, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=rf"`model` .* {message}.*torch\.fx\.wrap"):
+        find_coupling(model, torch.ones(1, 4))
+
+
+@fx.wrap
+def fails(x):
+    raise ValueError("only once\nand for all")

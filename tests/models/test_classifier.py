@@ -13,8 +13,9 @@ from pruneflow.models import Classifier, cosine, multistep, small_cnn
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def trainer(epochs):
+def trainer(epochs, **settings):
     return Trainer(
+        **settings,
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
@@ -92,17 +93,45 @@ def test_training_metrics_weigh_images_alike_and_start_again_each_epoch(batches)
         assert fitted.callback_metrics["train_accuracy"].item() == pytest.approx(share)
 
 
-def test_the_learning_rate_is_stepped_once_an_epoch(batches):
-    rates = []
+class Recorder(Classifier):
+    """A tiny network; notes the learning rate of each batch."""
 
-    class Recorder(Classifier):
-        def on_train_batch_start(self, batch, batch_idx):
-            rates.append(self.optimizers().param_groups[0]["lr"])
+    def __init__(self, schedule):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        super().__init__(network, 2, partial(torch.optim.SGD, lr=1.0), schedule)
+        self.rates = []
 
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    optimizer = partial(torch.optim.SGD, lr=1.0)
-    trainer(4).fit(Recorder(network, 2, optimizer, partial(multistep, epochs=4)), batches, batches)
-    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    def on_train_batch_start(self, batch, batch_idx):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1, 1, 1, 0.1, 0.1, 0.01]),
+        ({"accumulate_grad_batches": 2}, [1, 1, 1, 1, 0.1, 0.1]),
+        ({"limit_train_batches": 1}, [1, 1, 0.1]),
+        ({"limit_train_batches": 0.5}, [1, 1, 0.1]),
+    ],
+)
+def test_the_learning_rate_is_scheduled_over_optimizer_steps(batches, settings, expected):
+    module = Recorder(partial(multistep, epochs=3))
+    trainer(3, **settings).fit(module, batches, batches)
+    assert module.rates == pytest.approx(expected)
+
+
+def test_data_without_a_length_need_a_number_of_batches(batches):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield from batches
+
+    endless = DataLoader(Endless(), batch_size=None)
+    with pytest.raises(ValueError, match="`limit_train_batches` must be a number of batches"):
+        trainer(3).fit(Recorder(partial(multistep, epochs=3)), endless, batches)
+    module = Recorder(partial(multistep, epochs=3))
+    trainer(3, limit_train_batches=2).fit(module, endless, batches)
+    assert module.rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01])
 
 
 def test_channels_last_reaches_weights_and_images_and_changes_no_result():

@@ -251,6 +251,7 @@ def prunable(way):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*neither pruned nor counted")  # embeddings
 @pytest.mark.parametrize(("name", "masking"), IN_PLACE + REPARAMETRIZED)
 def test_zeros_hold_and_the_task_is_learned(trainer, name, masking):
     way, fit, pruning, watch = make(trainer, name, masking)
@@ -267,6 +268,7 @@ def test_zeros_hold_and_the_task_is_learned(trainer, name, masking):
     assert measured["val_accuracy"] > 0.85
 
 
+@pytest.mark.filterwarnings("ignore:.*neither pruned nor counted")  # embeddings
 @pytest.mark.parametrize("name", REFUSED)
 def test_reparametrize_refuses_by_name_before_anything_is_trained(trainer, name):
     way, fit, _, _ = make(trainer, name, Reparametrize)

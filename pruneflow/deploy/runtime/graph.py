@@ -11,9 +11,9 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
+from pruneflow.channels.tracing import trace
 from pruneflow.deploy.runtime.known import CLAMPS, DROPOUTS, FUNCTIONS, POOLS, PRODUCTS, SUMS
 from pruneflow.deploy.runtime.layers import (
     INFINITY,
@@ -26,21 +26,7 @@ from pruneflow.deploy.runtime.layers import (
     adaptive_windows,
     fuse,
 )
-
-
-class _Proxy(fx.Proxy):
-    """Records `x += y` and `x *= y` as what they are: others who hold x read the result as well."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+from pruneflow.running import evaluating
 
 
 def capture(model: nn.Module, example_input: Tensor) -> Network:
@@ -51,26 +37,19 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
         example_input: `(batch, channels, height, width)` or `(batch, features)`.
 
     Raises:
-        ValueError: If it cannot be traced or has an operation that the runtime does not know; the
-            message names it.
+        ValueError: If it does not take the example, cannot be traced or has an operation that the
+            runtime does not know; the message names it.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
         >>> [(layer.kind, layer.low) for layer in capture(model, torch.zeros(1, 3, 5, 5)).layers]
         [('convolution', 0.0)]
     """
-    try:
-        # Around it one more module, as those of PyTorch are kept whole but for the outermost.
-        whole = nn.Sequential(model)
-        traced = fx.GraphModule(whole, _Tracer().trace(whole))
-    except Exception as error:
-        raise ValueError(
-            "`model` is expected to be traceable by torch.fx, but tracing it failed with: "
-            f"{error}; take control flow that depends on the data out of its forward"
-        ) from error
+    # Around it one more module, as those of PyTorch are kept whole but for the outermost.
+    whole = nn.Sequential(model)
+    with evaluating(whole, example_input):
+        traced = trace(whole, example_input[:1])
     _drop_assertions(traced.graph)
-    with torch.no_grad():
-        ShapeProp(traced).propagate(example_input[:1].clone())
     captured = _Capture(traced)
     for node in traced.graph.nodes:
         captured.take(node)
@@ -136,12 +115,11 @@ class _Capture:
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Of one sample."""
-        meta: Any = node.meta.get("tensor_meta")
-        if not hasattr(meta, "shape"):
+        if "shape" not in node.meta:
             self.refuse(node, "not one tensor")
-        if meta.dtype != torch.float32:
-            self.refuse(node, f"of {meta.dtype}")
-        return tuple(meta.shape[1:])
+        if node.meta["dtype"] != torch.float32:
+            self.refuse(node, f"of {node.meta['dtype']}")
+        return tuple(node.meta["shape"][1:])
 
     def new(self, node: fx.Node) -> int:
         shape = self.shape(node)

@@ -74,6 +74,13 @@ def sparse_compile(
         threads = torch.get_num_threads()
     if not 1 <= threads <= _MOST_THREADS:
         raise ValueError(f"`threads` is expected to be 1 to {_MOST_THREADS}, but {threads} came")
+    if not isinstance(example_input, Tensor) or example_input.dim() == 0:
+        came = "one number" if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise ValueError(
+            "`example_input` must be one tensor, (batch, channels, height, width) or (batch, "
+            f"features), got {came}; the sparse runtime takes one input: use `shrink` or "
+            "`export_onnx` for this model"
+        )
     for name, tensor in (("example_input", example_input), *model.named_parameters()):
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(
