@@ -113,8 +113,8 @@ class Experiment:
             for key in ("schedule", "importance", "granularity", "costs", "masking")
         )
         self.plan, clock = self._lay_plan()
-        self.logger: Logger | None = build(config, "logger")
         trainer = check_trainer(config.trainer)
+        self.logger: Logger | None = build(config, "logger")
         L.seed_everything(config.seed, verbose=False)
         with self._timed("data"):
             self.data = build_data(config.data, trainer)
@@ -158,8 +158,6 @@ class Experiment:
             rewind=config.pruning.rewind,
             optimizer_state=config.pruning.optimizer_state,
         )
-        with building("optimizer"):
-            instantiate(config.optimizer)(self.network.parameters())
         # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
@@ -320,7 +318,8 @@ class Experiment:
     def _check_training(self, epochs: int) -> None:
         """Build what trains for so many epochs, which refuses what is off."""
         self._classifier(self.network, epochs)
-        optimizer = instantiate(self.config.optimizer)(self.network.parameters())
+        with building("optimizer"):
+            optimizer = instantiate(self.config.optimizer)(self.network.parameters())
         instantiate(self.config.lr_scheduler, epochs=epochs)(optimizer)
 
     def _classifier(self, network: nn.Module, epochs: int) -> Any:

@@ -29,8 +29,8 @@ _SECONDS = 20.0  # for all forms at one batch size, unless the fewest turns take
 # Seconds of a turn: without work, with what is not timed, and timed; shorter runs are repeated.
 # ONNX Runtime's threads go on spinning for 30 ms, and whoever comes next would be the slower.
 _REST, _WARM_UP, _BURST = 0.04, 0.015, 0.015
-# Times that spread by more are noisy: measured again, this often at most, and else marked.
-_NOISY, _MOST_TRIES = 0.1, 3
+# Times that spread by more are noisy: measured anew, up to so many times in all, and else marked.
+_NOISY, _MOST_TRIES = 0.1, 2
 # What counts as a gain: bytes, peaks and times differ by a little anyhow.
 _SMALLER, _LIGHTER, _FASTER = 0.99, 0.95, 1.05
 _MISSING = "–"
