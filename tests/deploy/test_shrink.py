@@ -604,6 +604,7 @@ def masks(m, x, y):
         lambda m, x, y: (F.relu(x, inplace=True), x)[1],
         lambda m, x, y: operator.imatmul(x, y) + x,
         lambda m, x, y: (m.kept.copy_(x), m.kept)[1],
+        lambda m, x, y: (m.kept.add_(x), m.kept)[1],
         lambda m, x, y: (z := x.new_zeros(x.shape), z[:, :4].__iadd__(y[:, :4]), z)[2],
     ],
 )
