@@ -251,8 +251,8 @@ class PruningCallback(L.Callback):
                 rank_zero_warn(message)
         if self.pruner.frozen:
             rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
-        if self.pruner.selection.dense:
-            rank_zero_info(self.pruner.selection.describe_dense())
+        if dense := self.pruner.selection.describe_dense():
+            rank_zero_info(dense)
         if self.optimizer_state == "keep" and (names := swapping(trainer.optimizers)):
             rank_zero_warn(
                 f"`optimizer_state` 'keep' lets the `eval()` of {', '.join(names)} bring pruned "

@@ -239,11 +239,14 @@ def _layers(facts: Facts) -> Section:
         ],
         "Left out because frozen": facts["frozen"],
     }
+    lines = [f"{what}: {', '.join(names)}." for what, names in notes.items() if names]
+    if facts["stay_dense"]:
+        lines.append(f"{facts['stay_dense']}.")
     return Section(
         title="Layers",
         header=("tensor", "shape", "weights", "kept", "sparsity"),
         rows=tuple(rows),
-        note=" ".join(f"{what}: {', '.join(names)}." for what, names in notes.items() if names),
+        note=" ".join(lines),
     )
 
 

@@ -124,6 +124,7 @@ class Experiment:
         node: Any = OmegaConf.to_container(config.model, resolve=True)
         self.description = describe(node, self.data)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
+        self.selection.warn_overlooked()
         self.scope: Any = config.pruning.scope
         if OmegaConf.is_config(self.scope):
             self.scope = OmegaConf.to_container(self.scope)
@@ -181,6 +182,8 @@ class Experiment:
         weights = sum(slot.parameter.numel() for slot in self.selection.slots.values())
         table = self.plan.table(weights if self.costs is None else None)
         _log.info("Plan:\n%s", table)
+        if dense := self.selection.describe_dense():
+            _log.info(dense)
         with write_whole(self.folder / "plan.txt") as path:
             path.write_text(table + "\n")
         with write_whole(self.folder / "config.yaml") as path:
@@ -440,6 +443,7 @@ class Experiment:
             "forms": forms,
             "seconds": self.seconds,
             "frozen": list(self.selection.frozen),
+            "stay_dense": self.selection.describe_dense(),
         }
 
 

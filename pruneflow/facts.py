@@ -103,6 +103,7 @@ class Facts(TypedDict):
     forms: list[Form]  # empty where none were asked for
     seconds: dict[str, float]  # stage -> wall time
     frozen: list[str]  # tensors left out because they do not train
+    stay_dense: str  # the trained tensors that are not pruned, in words; empty if there are none
 
 
 def planned_rounds(plan: Plan, weights: int | None) -> list[PlannedRound]:

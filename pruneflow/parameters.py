@@ -95,8 +95,13 @@ class Selection:
     parameters: int
 
     def describe_dense(self) -> str:
-        """Name the tensors that stay dense, in one line, with their share of all parameters."""
-        return f"Trained tensors that stay dense: {self._shares(self.dense) or 'none'}"
+        """Name the tensors that stay dense, in one line, with their share of all parameters.
+
+        Empty if there are none.
+        """
+        shares = self._shares(self.dense)
+        what = "Trained tensors that stay dense (share of all parameters)"
+        return f"{what}: {shares}" if shares else ""
 
     def warn_overlooked(self, stacklevel: int = 3) -> None:
         """Warn if much of the model stays dense though nobody asked for that."""

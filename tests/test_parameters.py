@@ -167,7 +167,8 @@ def test_weights_of_unknown_layers_are_named_with_their_share():
     assert list(selection.slots) == ["1.weight"]
     assert list(selection.dense) == ["0.weight", "2.up", "2.down.0"]
     assert selection.describe_dense() == (
-        "Trained tensors that stay dense: 0.weight (17.2%), 2.up (51.6%), 2.down.0 (17.2%)"
+        "Trained tensors that stay dense (share of all parameters): "
+        "0.weight (17.2%), 2.up (51.6%), 2.down.0 (17.2%)"
     )
     with pytest.warns(UserWarning, match=r"86\.0% of all .*0\.weight \(17\.2%\).*register_layer"):
         selection.warn_overlooked()
@@ -175,7 +176,7 @@ def test_weights_of_unknown_layers_are_named_with_their_share():
 
 def test_repeated_blocks_are_named_once():
     model = nn.Sequential(*(Conv1D(2, 2) for _ in range(12)), nn.Linear(2, 2))
-    assert "dense: *.weight (12, " in select(model).describe_dense()
+    assert "parameters): *.weight (12, " in select(model).describe_dense()
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def make_facts(target=0.75, planned=2, run=2):
         "forms": [],
         "seconds": {"dense": 725.0, "rounds": 3725.0, "test": 1.25},
         "frozen": [],
+        "stay_dense": "",
     }
 
 
@@ -287,6 +288,11 @@ def test_files_are_those_that_were_written(tmp_path):
         (("seconds", "rounds"), 90.0, "1 min 30 s"),
         (("commit",), "0f1e2d3c", "0f1e2d3c"),
         (("frozen",), ["teacher.fc.weight"], "teacher.fc.weight"),
+        (
+            ("stay_dense",),
+            "Trained tensors: fc.weight (0.1%)",
+            "Trained tensors: fc.weight (0.1%).",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_drawing")
