@@ -257,8 +257,9 @@ def _below_prefix(
     if not fitting:
         nearest = max(parts.values(), key=lambda part: len(part.keys() & set(wanted)))
         raise ValueError(
-            f"`weights`={weights!r} must hold the tensors of the network, which are "
-            f"{_some(wanted)}, got {_some(state)}; missing: {_some(set(wanted) - nearest.keys())}; "
+            f"`weights`={weights!r} is expected to fit the network, whose tensors are "
+            f"{_some(wanted)}, but {_some(state)} came; "
+            f"missing: {_some(set(wanted) - nearest.keys())}; "
             f"unknown: {_some(nearest.keys() - set(wanted))}; check which network it was saved of"
         )
     return with_description(parts[fitting[0]], described(state, fitting[0]))

@@ -150,13 +150,13 @@ def test_the_network_is_found_wherever_it_lies(tmp_path, kind):
     [
         (
             {"net.weight": 1, "net.bais": 2},
-            r"which are bias, weight, got net.bais, net.weight; missing: bias; unknown: bais;",
+            r"are bias, weight, but net.bais, net.weight came; missing: bias; unknown: bais;",
         ),
         (
             {"student.weight": 1, "student.bias": 2, "teacher.weight": 1, "teacher.bias": 2},
             r"must hold the network once, got it under each of student\., teacher\.; save the one",
         ),
-        ({}, r"got none; missing: bias, weight; unknown: none"),
+        ({}, r"but none came; missing: bias, weight; unknown: none"),
     ],
 )
 def test_names_that_came_and_that_are_wanted_are_said(tmp_path, state, message):
