@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from pruneflow.files import write_whole
 from pruneflow.history import Row
-from pruneflow.state_dicts import load_safetensors, safetensors_metadata
+from pruneflow.state_dicts import load_safetensors, save_safetensors
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -33,9 +32,8 @@ def save_network(network: nn.Module, path: Path, metadata: Mapping[str, str] | N
         path: The file.
         metadata: Texts to keep with it.
     """
-    about = {**safetensors_metadata(network.state_dict()), **(metadata or {})}
     with write_whole(path) as temporary:
-        save_file(_tensors(network), temporary, about)
+        save_safetensors(_tensors(network), temporary, metadata or {})
 
 
 def save_cached(network: nn.Module, path: Path, rows: list[Row]) -> None:
@@ -90,7 +88,11 @@ def save_example(data: Any, path: Path) -> str | None:
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    """The `state_dict` on the CPU."""
+    state_dict = network.state_dict()
+    for name, value in state_dict.items():
+        state_dict[name] = value.detach().cpu().contiguous()
+    return state_dict
 
 
 def _digest(tensors: Mapping[str, Tensor], history: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 _KEY = "pruneflow.modules"  # in the metadata of a safetensors file
@@ -53,10 +54,27 @@ def with_description(tensors: Mapping[str, Tensor], text: str | None) -> Ordered
     return result
 
 
-def safetensors_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
-    """What goes into the metadata of a safetensors file, for `load_safetensors` to find it."""
+def save_safetensors(
+    state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write a `state_dict`, for `load_safetensors` to read; the same one gives the same bytes.
+
+    Args:
+        state_dict: Tensors that share no memory.
+        path: The file.
+        metadata: Further texts to keep in the file.
+    """
     text = described(state_dict)
-    return {} if text is None else {_KEY: text}
+    modules = {} if text is None else {_KEY: text}
+    save_file(dict(state_dict), path, {**modules, **metadata})
+    with path.open("r+b") as file:  # safetensors writes metadata in an order of its own each time
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def load_safetensors(path: str | Path) -> OrderedDict[str, Tensor]:

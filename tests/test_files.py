@@ -7,8 +7,12 @@ import time
 from collections import namedtuple
 
 import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
 
 from pruneflow.files import sweep, write_whole
+from pruneflow.state_dicts import load_safetensors, save_safetensors
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -100,3 +104,16 @@ def test_a_block_that_fails_on_a_full_disk_says_so(tmp_path, monkeypatch):
             raise RuntimeError("unexpected pos")
         assert getattr(error.value, "errno", errno.ENOSPC) == errno.ENOSPC
         assert not [*tmp_path.iterdir()]
+
+
+def test_the_same_state_dict_gives_the_same_bytes_and_reads_back(tmp_path):
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    about = {name: f'{name} – "\\ \n' for name in "abcdefgh"}
+    for index in range(8):
+        save_safetensors(network.state_dict(), tmp_path / f"{index}", about)
+    assert len({(tmp_path / f"{index}").read_bytes() for index in range(8)}) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert about.items() <= file.metadata().items()
+    found = load_safetensors(tmp_path / "0")
+    assert found._metadata == network.state_dict()._metadata
+    assert all(torch.equal(found[name], value) for name, value in network.state_dict().items())

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pruneflow.deploy.packed import inspect_packed, load_packed, save_packed
 from pruneflow.files import write_whole
-from pruneflow.state_dicts import load_safetensors, safetensors_metadata
+from pruneflow.state_dicts import (
+    described,
+    load_safetensors,
+    save_safetensors,
+    with_description,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Example:
         >>> from tempfile import mkdtemp
+        >>> from safetensors.torch import save_file
         >>> folder = mkdtemp()
         >>> save_file({"weight": torch.eye(100)}, f"{folder}/model.safetensors")
         >>> main(["pack", f"{folder}/model.safetensors", f"{folder}/model.packed"])
@@ -94,7 +99,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
         tied = any(tensor is other for other in apart.values())
         apart[name] = tensor.clone() if tied else tensor
     with write_whole(path) as temporary:
-        save_file(apart, temporary, {"format": "pt", **safetensors_metadata(tensors)})
+        save_safetensors(with_description(apart, described(tensors)), temporary, {"format": "pt"})
 
 
 def _lines(path: Path) -> list[str]:
