@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pruneflow.layer_types import is_weight
 
@@ -300,35 +301,66 @@ def select(
     )
 
 
-def check_storage(tensors: Mapping[str, Tensor]) -> None:
+def ties(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
+    """Qualified name -> the further names of each tensor, under which it is tied."""
+    return {name: [other for other, _, _ in slot.others] for name, slot in slots.items()}
+
+
+def check_kept(before: Mapping[str, list[str]], slots: Mapping[str, Slot]) -> None:
+    """Refuse a model in which tensors to prune are gone, or tied otherwise than before.
+
+    Args:
+        before: The `ties` of these tensors when they were selected.
+        slots: The places that there are now.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    now = ties(slots)
+    lost = [name for name, others in before.items() if now.get(name) != others]
+    if lost:
+        raise ValueError(
+            "`model` must keep the tensors that are pruned, and what they are tied to, but not so "
+            f"{', '.join(lost)}; make a new Pruner after its layers were replaced"
+        )
+
+
+def check_storage(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
     """Refuse tensors that share memory, so that pruning one of them changes another.
 
     Args:
         tensors: Qualified name -> what is to be pruned; of a sharded tensor the local part.
+        others: What is not to be pruned.
 
     Raises:
         ValueError: Naming them.
     """
     shared = []
     places: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
-    for name, tensor in tensors.items():
-        if not tensor.numel() or tensor.is_meta:
+    for name, tensor in (*tensors.items(), *others.items()):
+        if not tensor.numel() or tensor.is_meta or not _has_memory(tensor):
             continue
-        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        sizes = zip(tensor.stride(), tensor.shape, strict=True)
+        if name in tensors and any(stride == 0 and size > 1 for stride, size in sizes):
             shared.append(f"{name} (entries of its own, as `expand` makes them)")
         else:
             storage = tensor.untyped_storage().data_ptr()
             places.setdefault((tensor.device, storage), []).append((name, tensor))
     for members in places.values():
         for (one, a), (other, b) in combinations(members, 2):
-            if _overlap(a, b):
+            if (one in tensors or other in tensors) and _overlap(a, b):
                 shared.append(f"{one} and {other}")
     if shared:
         raise ValueError(
             "`include` must select tensors with memory of their own, got some that share it: "
-            f"{', '.join(shared)}; tie them as one parameter, `exclude` one of them, or copy it "
-            "with `.clone()`"
+            f"{', '.join(shared)}; tie them as one parameter, `exclude` them, or copy one with "
+            "`.clone()`"
         )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it is laid out in one storage; not sparse, or made of others as quantised ones."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
