@@ -105,9 +105,9 @@ class Selection:
         if share > _MOST_DENSE:
             warnings.warn(
                 f"{share:.1%} of all parameters are neither pruned nor counted, as they are no "
-                f"weights of layers that are known: {self._shares(self.overlooked)}; name them in "
-                "`include`, call `register_layer` with the type of their layer, or `exclude` what "
-                "is to stay dense",
+                "weights of layers that are pruned by default: "
+                f"{self._shares(self.overlooked)}; name them in `include`, call `register_layer` "
+                "with the type of their layer, or `exclude` what is to stay dense",
                 stacklevel=stacklevel,
             )
 

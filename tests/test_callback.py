@@ -667,8 +667,6 @@ def test_validate_test_and_predict_never_prune(model, batches, trainer):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@both
-@pytest.mark.parametrize("error", [RuntimeError("the disk is full"), KeyboardInterrupt()])
 class PutsBack(L.Callback):
     """Puts dense weights back at some moment of a fit."""
 
@@ -709,6 +707,8 @@ def test_weights_that_others_put_back_are_pruned_too(
     assert sparsity(model) == pytest.approx(pruning.sparsity)
 
 
+@both
+@pytest.mark.parametrize("error", [RuntimeError("the disk is full"), KeyboardInterrupt()])
 def test_removes_after_an_exception_without_hiding_it(model, batches, trainer, masking, error):
     class Fail(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
