@@ -145,7 +145,6 @@ class InPlace:
             handle.remove()
         self._held, self._names, self._ties = {}, {}, {}
         self._gradient_hooks, self._state_hooks, self._step_hooks = {}, {}, []
-        _HOLDERS.discard(self)
         _let_go(self)
 
     def _hold(self, name: str, parameter: nn.Parameter) -> Tensor:
@@ -214,11 +213,6 @@ class _Clearing:
         return _Clearing, ()
 
 
-# Those that hold something; weak, or models would never be freed. Parameters have no part in it, as
-# torch cannot convert (`swap_tensors`) what has weak references.
-_HOLDERS: WeakSet[InPlace] = WeakSet()
-
-
 class Reparametrize:
     """Hold masks the way `torch.nn.utils.prune` does: `<name>_orig`, `<name>_mask` and a hook.
 
@@ -237,6 +231,7 @@ class Reparametrize:
 
     def __init__(self) -> None:
         self._slots: dict[str, Slot] = {}
+        self._names: dict[int, str] = {}  # by the id of the parameter
         self._order: dict[nn.Module, list[str]] = {}
         self._handles: list[Any] = []
 
@@ -287,7 +282,9 @@ class Reparametrize:
                     partial(_unfold_keys, slot.attribute)
                 ),
             ]
+        self._names = {id(slot.parameter): name for name, slot in self._slots.items()}
         self._places = Places(model)
+        _HOLDERS.add(self)
         self.update(masks)
 
     @torch.no_grad()
@@ -327,12 +324,13 @@ class Reparametrize:
             del module.__dict__["__deepcopy__"]
             for attribute in order:
                 module._parameters[attribute] = module._parameters.pop(attribute)
-        self._slots, self._order, self._handles = {}, {}, []
+        self._slots, self._names, self._order, self._handles = {}, {}, {}, []
         _let_go(self)
 
 
 def _let_go(masking: InPlace | Reparametrize) -> None:
     """Keep no model alive that is held no longer."""
+    _HOLDERS.discard(masking)
     vars(masking).pop("_model", None)
     vars(masking).pop("_places", None)
 
@@ -351,6 +349,11 @@ def clear(model: nn.Module, masks: MaskSet) -> bool:
             moved |= bool((weight[pruned] != 0).any())
             weight.masked_fill_(pruned, 0)
     return moved
+
+
+# Those that hold something; weak, or models would never be freed. Parameters have no part in it, as
+# torch cannot convert (`swap_tensors`) what has weak references.
+_HOLDERS: WeakSet[InPlace | Reparametrize] = WeakSet()
 
 
 def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:

@@ -109,7 +109,7 @@ class Pruner:
         optimizer_state: OptimizerState = "zero_pruned",
     ) -> None:
         check_optimizer_state(optimizer_state)
-        check_kinds(importance, granularity, costs, masking)
+        check_kinds(model, importance, granularity, costs, masking)
         plain = plain_optimizers(optimizers or ())
         self.model = unwrap(model)
         reshard(self.model)

@@ -385,6 +385,24 @@ def test_two_pruners_of_one_tensor_count_what_the_other_holds():
     assert Pruner(network, importance=Random(2), optimizers=[]).hold(dense).sparsity == 0
 
 
+def test_pruners_with_different_maskings_count_what_the_other_holds():
+    network = model()
+    one = Pruner(network, importance=Random(0), optimizers=[])
+    other = Pruner(network, importance=Random(1), optimizers=[], masking=Reparametrize())
+    one.prune_to(0.4)
+    assert other.prune_to(0.6).sparsity == sparsity(network) == 0.6
+    assert one.prune_to(0.8).sparsity == sparsity(network) == 0.8
+    other.remove()
+    one.remove()
+    assert sparsity(network) == 0.8
+
+
+@pytest.mark.parametrize("wrong", [None, [nn.Linear(2, 2)], nn.Linear])
+def test_what_is_no_model_is_refused_by_name(wrong):
+    with pytest.raises(TypeError, match=r"`model` is expected to be an nn\.Module"):
+        Pruner(wrong, optimizers=[])
+
+
 class Lora(nn.Module):
     def __init__(self):
         super().__init__()
