@@ -346,9 +346,9 @@ class Pruner:
         dense = [n for n, w in weights.items() if not (empty or whole((w != 0).any()))]
         if dense:
             warnings.warn(
-                "tensors that are zero throughout are taken for new ones, not yet trained, and "
-                f"left dense: {', '.join(dense)}; call `hold_zeros(empty=True)` "
-                "(`from_zeros='all'` in a PruningCallback) if they have been pruned",
+                f"{', '.join(dense)} are zero throughout, hence taken for tensors that are not yet "
+                "trained, and left dense; call `hold_zeros(empty=True)` (`from_zeros='all'` in a "
+                "PruningCallback) if they have been pruned",
                 stacklevel=2,
             )
 

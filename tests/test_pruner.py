@@ -416,7 +416,7 @@ class Lora(nn.Module):
 
 def test_tensors_that_start_at_zero_are_not_taken_for_pruned():
     pruner = Pruner(Lora(), optimizers=[])
-    with pytest.warns(UserWarning, match=r"zero throughout .*: up\.weight; .*empty=True"):
+    with pytest.warns(UserWarning, match=r"^up\.weight are zero throughout.*empty=True"):
         assert pruner.hold_zeros().pruned == 0
     assert pruner.hold_zeros(empty=True).pruned == 128
     with pytest.warns(UserWarning, match=r"nothing is left of up\.weight: "):
