@@ -239,7 +239,8 @@ def select(
         exclude: Patterns of what to leave out, biases among it.
 
     Raises:
-        ValueError: If a pattern matches nothing, or nothing is left to prune.
+        ValueError: If a pattern matches nothing, nothing is left to prune, or tensors to prune are
+            lazy or on the meta device.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
@@ -285,6 +286,12 @@ def select(
             "`include` and `exclude` are expected to leave at least one tensor to prune, but of "
             f"{len(slots)} parameters none is left; widen `include`, or "
             "call `register_layer` with the type of its layers"
+        )
+    empty = [name for name, slot in selected.items() if slot.parameter.is_meta]
+    if empty:
+        raise ValueError(
+            "`model` must hold its weights, got tensors on the meta device, which have none: "
+            f"{', '.join(empty)}; call `model.to_empty(device=...)` and fill them before"
         )
     frozen = {name: slot for name, slot in selected.items() if not slot.parameter.requires_grad}
     dense = {

@@ -213,6 +213,13 @@ def test_a_registered_layer_is_prunable_by_default(registered):
         layer_types.register_layer(model[0])
 
 
+def test_tensors_without_values_are_refused_by_name():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"meta device.*: 0\.weight, 1\.weight; call"):
+        Pruner(model, optimizers=[])
+
+
 def test_what_names_no_weights_is_not_registered():
     with pytest.raises(TypeError, match=r"`weights` must be the name .*, got 5"):
         layer_types.register_layer(nn.Linear, 5)
