@@ -23,7 +23,7 @@ from pruneflow.gradients import Gradients
 from pruneflow.granularity import Channels, Granularity
 from pruneflow.importance import Importance, magnitude, needs_gradients
 from pruneflow.logged import Logged
-from pruneflow.masking import Masking
+from pruneflow.masking import Masking, clear
 from pruneflow.masks import MaskSet
 from pruneflow.parameters import Pattern, locate
 from pruneflow.plan import Clock, Plan, has_rounds
@@ -199,6 +199,8 @@ class PruningCallback(L.Callback):
         """Note where a checkpoint was pruned otherwise, which would go on from a dense plan."""
         mine = {callback.state_key for callback in pruning_callbacks(trainer)}
         stored = checkpoint["callbacks"]
+        if self.state_key in stored:
+            self._restored = stored[self.state_key]  # Lightning does not load an empty one
         kind = type(self).__qualname__
         others = {key for key in stored if key.startswith(kind)} - mine
         if others and self.state_key not in stored:
@@ -374,7 +376,12 @@ class PruningCallback(L.Callback):
         let_go(self)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep no hold on the model."""
+        """Keep no hold on the model, which other callbacks may have changed after training."""
+        if stage == "fit" and clear(pl_module, MaskSet.from_state(self._masks)):
+            rank_zero_warn(
+                "Weights were put back after training that had been pruned, so they are zeroed "
+                "again; put back what is to stay dense after `fit`"
+            )
         let_go(self)
 
     # ---------------------------------------------------------------------------------------------

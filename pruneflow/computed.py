@@ -17,7 +17,7 @@ from pruneflow.layer_types import input_dim, is_weight
 from pruneflow.parameters import NORMS, Pattern, Slot, locate, matching, named_modules
 from pruneflow.processes import is_sharded
 
-_MULTIPLIES = ("conv", "linear", "matmul", "mm", "einsum")  # in the names of functions
+_MULTIPLIES = ("conv", "linear", "matmul", "mm", "mv", "dot", "einsum")  # in the names of functions
 _BATCH = 97  # samples; a prime, so that no activation has the shape of a weight
 
 
@@ -97,8 +97,7 @@ def _loses_zeros(slot: Slot) -> bool:
         layer = copy.deepcopy(slot.module).eval()
         weight = layer.get_parameter(slot.attribute)
         example = _example(layer, slot.attribute, weight)
-        every_other = torch.arange(weight.numel(), device=weight.device) % 2 == 0
-        weight.masked_fill_(every_other.view(weight.shape), 0)
+        weight.masked_fill_(_checkered(weight.shape).to(weight.device), 0)
         left = int(weight.count_nonzero())
         with torch.random.fork_rng(), _Multipliers(weight.shape) as multipliers:
             result = layer.forward(*example)  # not layer(...), which would run hooks
@@ -107,6 +106,14 @@ def _loses_zeros(slot: Slot) -> bool:
     if not example and result.shape == weight.shape:
         multipliers.nonzeros.append(int(result.count_nonzero()))
     return any(nonzeros > left for nonzeros in multipliers.nonzeros)
+
+
+def _checkered(shape: torch.Size) -> Tensor:
+    """Every other entry, along any dimension; so that no row or column is empty as a whole."""
+    board = torch.zeros(shape, dtype=torch.bool)
+    for dim, size in enumerate(reversed(shape)):
+        board ^= (torch.arange(size) % 2 == 0).view(-1, *[1] * dim)
+    return board
 
 
 def _example(layer: nn.Module, attribute: str, weight: Tensor) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from pruneflow.channels.coupling import Coupling, find_coupling
 from pruneflow.layer_types import input_dim
 from pruneflow.parameters import Slot, locate, named_modules
 from pruneflow.running import Example
+from pruneflow.schedules import whole_number
 from pruneflow.units import Blocks, CoupledChannels, Units
 
 
@@ -49,8 +50,13 @@ class NM:
     dims: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
-            raise ValueError(f"`n` and `m` are expected to be 0 < n < m, but {self} came")
+        n, m = whole_number(self.n), whole_number(self.m)
+        if n is None or m is None or not 0 < n < m:
+            raise ValueError(
+                f"`n` and `m` must be whole numbers, 0 < n < m, got {self}; NM(2, 4) is usual"
+            )
+        object.__setattr__(self, "n", n)
+        object.__setattr__(self, "m", m)
 
     @property
     def most(self) -> float:
@@ -150,8 +156,14 @@ class Block:
     columns: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or (self.columns is not None and self.columns < 1):
-            raise ValueError(f"`rows` and `columns` are expected to be at least 1, but {self} came")
+        rows, columns = whole_number(self.rows), whole_number(self.columns)
+        if (rows or 0) < 1 or (self.columns is not None and (columns or 0) < 1):
+            raise ValueError(
+                f"`rows` and `columns` must be whole numbers of at least 1, got {self}; give "
+                "columns=None for whole rows"
+            )
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "columns", columns)
 
     def units(self, shapes: Mapping[str, torch.Size]) -> Units:
         """The blocks of tensors of these shapes."""

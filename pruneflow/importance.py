@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pruneflow.schedules import plain_number
+
 
 @dataclass(frozen=True)
 class Context:
@@ -116,6 +118,9 @@ class Random:
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", plain_number(self.seed))
 
     def __call__(self, name: str, tensor: Tensor, context: Context) -> Tensor:
         """Scores in [0, 1), float32, of the tensor's shape."""

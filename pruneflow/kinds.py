@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from pruneflow.granularity import NM, Block, Channels
 from pruneflow.torch_methods import is_torch_method
 
 
-def check_kinds(importance: object, granularity: object, costs: object, masking: object) -> None:
+def check_kinds(
+    model: object, importance: object, granularity: object, costs: object, masking: object
+) -> None:
     """Refuse what they cannot be at all, such as a class for an object; see `Pruner`.
 
     Raises:
         TypeError: Naming the argument, what was expected and what came.
     """
+    _expect(isinstance(model, nn.Module), "model", "an nn.Module", model)
     function = callable(importance) and not isinstance(importance, type)
     _expect(
         is_torch_method(importance) or function,

@@ -44,7 +44,7 @@ def register_layer(
             for experts of a mixture, `(experts, inputs, outputs)`.
 
     Raises:
-        TypeError: If `layer` is no type of module.
+        TypeError: If `layer` is no type of module, or `weights` are no names.
 
     Example:
         >>> import torch; from pruneflow import sparsity_report
@@ -60,7 +60,13 @@ def register_layer(
         raise TypeError(
             f"`layer` must be a type of module, got {layer!r}; give the class, not an instance"
         )
-    _TYPES[layer] = LayerType((weights,) if isinstance(weights, str) else weights, input_dim)
+    names = (weights,) if isinstance(weights, str) else weights
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"`weights` must be the name of a parameter or a tuple of them, got {weights!r}; give "
+            "'weight', say"
+        )
+    _TYPES[layer] = LayerType(tuple(names), input_dim)
 
 
 def is_weight(module: nn.Module, attribute: str) -> bool:

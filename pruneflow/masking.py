@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize, prune
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pruneflow.masks import MaskSet
-from pruneflow.parameters import NORMS, Places, Slot, locate
-from pruneflow.processes import is_sharded, local, reshard
-
-# Held parameter -> by what, and under which name. Weak, or models would never be freed.
-_HOLDERS: MutableMapping[Tensor, WeakKeyDictionary[Masking, str]] = WeakTensorKeyDictionary()
+from pruneflow.parameters import NORMS, Places, Slot, check_kept, locate, ties
+from pruneflow.processes import is_sharded, local, place, reshard
 
 
 class Masking(Protocol):
@@ -54,8 +50,8 @@ class InPlace:
 
     Gradients are masked as soon as autograd has accumulated them, so that clipping, momentum and
     the optimizer see surviving weights only. Weights are masked after each step of an optimizer
-    that holds them and after `load_state_dict`, so that they are exactly +0.0 whatever was done to
-    them. Masks take one byte a weight.
+    that holds them, after `load_state_dict` and before `state_dict`, so that they are exactly +0.0
+    whatever was done to them. Masks take one byte a weight. A copy holds nothing.
 
     Example:
         >>> layer = nn.Linear(3, 1)
@@ -72,9 +68,13 @@ class InPlace:
         # name -> (parameter, keep bits); int8, -1 where kept and 0 where pruned: see `_clear`.
         self._held: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._names: dict[int, str] = {}  # by the id of the parameter
+        self._ties: dict[str, list[str]] = {}
         self._gradient_hooks: dict[str, Any] = {}  # by name
-        self._load_hooks: dict[nn.Module, Any] = {}  # by the module that has a held parameter
+        self._state_hooks: dict[nn.Module, list[Any]] = {}  # by the module that has a held one
         self._step_hooks: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(InPlace())  # neither hooks nor ids are those of a copy
 
     @property
     def masks(self) -> MaskSet:
@@ -102,6 +102,7 @@ class InPlace:
         for name in masks:
             self._hold(name, slots[name].parameter)
         self._watch(slots)
+        _HOLDERS.add(self)
         self.update(masks)
 
     @torch.no_grad()
@@ -116,11 +117,13 @@ class InPlace:
         """Hold the parameters that the model has now, where others have taken their places.
 
         Raises:
-            ValueError: If the model has no such tensor any more, or one of another shape.
+            ValueError: If the model has no such tensor any more, one of another shape, or one that
+                is tied to others.
         """
         if self._held and self._places.changed():
             reshard(self._model)
             slots = locate(self._model)
+            check_kept(self._ties, slots)
             self.masks.check({name: slot.parameter for name, slot in slots.items()})
             for name, (parameter, bits) in list(self._held.items()):
                 if slots[name].parameter is not parameter:
@@ -137,13 +140,11 @@ class InPlace:
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks."""
         self.clear()
-        handles = (*self._gradient_hooks.values(), *self._load_hooks.values(), *self._step_hooks)
-        for handle in handles:
+        of_modules = (handle for handles in self._state_hooks.values() for handle in handles)
+        for handle in (*self._gradient_hooks.values(), *of_modules, *self._step_hooks):
             handle.remove()
-        for parameter, _ in self._held.values():
-            del _HOLDERS[parameter][self]
-        self._held, self._names = {}, {}
-        self._gradient_hooks, self._load_hooks, self._step_hooks = {}, {}, []
+        self._held, self._names, self._ties = {}, {}, {}
+        self._gradient_hooks, self._state_hooks, self._step_hooks = {}, {}, []
         _let_go(self)
 
     def _hold(self, name: str, parameter: nn.Parameter) -> Tensor:
@@ -151,11 +152,10 @@ class InPlace:
         if name in self._held:
             replaced, _ = self._held[name]
             self._gradient_hooks[name].remove()
-            del self._names[id(replaced)], _HOLDERS[replaced][self]
+            del self._names[id(replaced)]
         # The same memory layout as the weight, so that each pass runs straight through both.
         bits = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
         self._held[name], self._names[id(parameter)] = (parameter, bits), name
-        _HOLDERS.setdefault(parameter, WeakKeyDictionary())[self] = name
         trained = parameter.requires_grad  # a frozen tensor takes no hook, and may thaw
         parameter.requires_grad_()
         # Without `self`, which holds the parameter: such a circle would never be freed.
@@ -165,13 +165,18 @@ class InPlace:
         return bits
 
     def _watch(self, slots: Mapping[str, Slot]) -> None:
-        """Notice what is loaded into the held parameters, and what takes their places."""
-        owners = {module for name in self._held for module in slots[name].modules}
-        for module in self._load_hooks.keys() - owners:
-            self._load_hooks.pop(module).remove()
-        for module in owners - self._load_hooks.keys():
-            hook = _AfterLoad(self)
-            self._load_hooks[module] = module.register_load_state_dict_post_hook(hook)
+        """Notice what is loaded into the held parameters or read, and what takes their places."""
+        held = {name: slots[name] for name in self._held}
+        self._ties = ties(held)
+        owners = {module for slot in held.values() for module in slot.modules}
+        for module in self._state_hooks.keys() - owners:
+            for handle in self._state_hooks.pop(module):
+                handle.remove()
+        for module in owners - self._state_hooks.keys():
+            self._state_hooks[module] = [
+                module.register_load_state_dict_post_hook(_Clearing(self, refresh=True)),
+                module.register_state_dict_pre_hook(_Clearing(self)),
+            ]
         self._places = Places(self._model)
 
     @torch.no_grad()
@@ -189,22 +194,23 @@ class InPlace:
                 _clear(parameter.data, self._held[name][1])
 
 
-class _AfterLoad:
-    """Masks what `load_state_dict` has put into a module; of no effect in a copy of the module."""
+class _Clearing:
+    """Masks what a module has, as its state is loaded or read; of no effect in a copy of it."""
 
-    def __init__(self, masking: InPlace | None = None) -> None:
-        self._masking = masking
+    def __init__(self, masking: InPlace | None = None, *, refresh: bool = False) -> None:
+        self._masking, self._refresh = masking, refresh
 
-    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+    def __call__(self, module: nn.Module, *_: Any) -> None:
         if self._masking is not None:
-            self._masking.refresh()
+            if self._refresh:
+                self._masking.refresh()
             self._masking._clear_those_of(p for p in module._parameters.values() if p is not None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _AfterLoad:
-        return _AfterLoad()
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Clearing:
+        return _Clearing()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _AfterLoad, ()
+        return _Clearing, ()
 
 
 class Reparametrize:
@@ -225,6 +231,7 @@ class Reparametrize:
 
     def __init__(self) -> None:
         self._slots: dict[str, Slot] = {}
+        self._names: dict[int, str] = {}  # by the id of the parameter
         self._order: dict[nn.Module, list[str]] = {}
         self._handles: list[Any] = []
 
@@ -275,7 +282,9 @@ class Reparametrize:
                     partial(_unfold_keys, slot.attribute)
                 ),
             ]
+        self._names = {id(slot.parameter): name for name, slot in self._slots.items()}
         self._places = Places(model)
+        _HOLDERS.add(self)
         self.update(masks)
 
     @torch.no_grad()
@@ -293,11 +302,14 @@ class Reparametrize:
         """Hold the parameters that the model has now, where other modules have taken their places.
 
         Raises:
-            ValueError: If the model has no such tensor any more, or one of another shape.
+            ValueError: If the model has no such tensor any more, one of another shape, or one that
+                is tied to others.
         """
         if self._slots and self._places.changed():
             masks, model = self.masks, self._model
-            masks.check({name: slot.parameter for name, slot in locate(model).items()})
+            slots = locate(model)
+            check_kept(ties(self._slots), slots)
+            masks.check({name: slot.parameter for name, slot in slots.items()})
             self.remove()
             self.attach(model, masks, [])
 
@@ -312,20 +324,42 @@ class Reparametrize:
             del module.__dict__["__deepcopy__"]
             for attribute in order:
                 module._parameters[attribute] = module._parameters.pop(attribute)
-        self._slots, self._order, self._handles = {}, {}, []
+        self._slots, self._names, self._order, self._handles = {}, {}, {}, []
         _let_go(self)
 
 
 def _let_go(masking: InPlace | Reparametrize) -> None:
     """Keep no model alive that is held no longer."""
+    _HOLDERS.discard(masking)
     vars(masking).pop("_model", None)
     vars(masking).pop("_places", None)
 
 
+@torch.no_grad()
+def clear(model: nn.Module, masks: MaskSet) -> bool:
+    """Zero what is pruned in a model that is no longer held; returns whether any was not zero.
+
+    Tensors that the model has not, or with other shapes, are passed over.
+    """
+    slots, moved = locate(model), False
+    for name, mask in masks.items():
+        if name in slots and slots[name].parameter.shape == mask.shape:
+            weight = local(slots[name].parameter.detach())
+            pruned = ~local(place(mask, slots[name].parameter))
+            moved |= bool((weight[pruned] != 0).any())
+            weight.masked_fill_(pruned, 0)
+    return moved
+
+
+# Those that hold something; weak, or models would never be freed. Parameters have no part in it, as
+# torch cannot convert (`swap_tensors`) what has weak references.
+_HOLDERS: WeakSet[InPlace | Reparametrize] = WeakSet()
+
+
 def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:
     """The masks that others than `masking` hold on a parameter, zero = pruned."""
-    holders: Mapping[Masking, str] = _HOLDERS.get(parameter, {})
-    return [holder.held[name] for holder, name in holders.items() if holder is not masking]
+    others = [(each, each._names.get(id(parameter))) for each in _HOLDERS if each is not masking]
+    return [each.held[name] for each, name in others if name is not None]
 
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

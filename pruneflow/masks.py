@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pruneflow.granularity import NM, Block
 from pruneflow.importance import Context, Importance
 from pruneflow.plan import pruned_count
 from pruneflow.processes import assemble, gather, is_sharded, own, whole
+from pruneflow.schedules import plain_number
 from pruneflow.scope import Scope, resolve_scope
 from pruneflow.scores import check_finite, gradients_of, scores_of
 from pruneflow.threshold import Scores, find_threshold, keep_masks, keep_parts, one_process
@@ -313,13 +315,16 @@ def check_costs(costs: Mapping[str, float] | None, names: Iterable[str]) -> dict
     """
     if costs is None:
         return dict.fromkeys(names, 1.0)
-    missing = [name for name in names if not 0 < costs.get(name, 0) < math.inf]
+    numbers = {name: plain_number(costs.get(name)) for name in names}
+    missing = [
+        n for n, c in numbers.items() if not (isinstance(c, Real) and 0 < float(c) < math.inf)
+    ]
     if missing:
         raise ValueError(
             "`costs` are expected to say what a weight of each tensor costs, a number above 0, but "
             f"do not for {', '.join(missing)}; add them, or `exclude` the tensors"
         )
-    return {name: costs[name] for name in names}
+    return {name: float(cost) for name, cost in numbers.items()}
 
 
 def check_units(tensors: Mapping[str, Tensor], granularity: object, scope: Scope) -> None:

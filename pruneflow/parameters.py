@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pruneflow.layer_types import is_weight
 
@@ -109,9 +110,9 @@ class Selection:
         if share > _MOST_DENSE:
             warnings.warn(
                 f"{share:.1%} of all parameters are neither pruned nor counted, as they are no "
-                f"weights of layers that are known: {self._shares(self.overlooked)}; name them in "
-                "`include`, call `register_layer` with the type of their layer, or `exclude` what "
-                "is to stay dense",
+                "weights of layers that are pruned by default: "
+                f"{self._shares(self.overlooked)}; name them in `include`, call `register_layer` "
+                "with the type of their layer, or `exclude` what is to stay dense",
                 stacklevel=stacklevel,
             )
 
@@ -243,7 +244,8 @@ def select(
         exclude: Patterns of what to leave out, biases among it.
 
     Raises:
-        ValueError: If a pattern matches nothing, or nothing is left to prune.
+        ValueError: If a pattern matches nothing, nothing is left to prune, or tensors to prune are
+            lazy or on the meta device.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 2))
@@ -290,6 +292,12 @@ def select(
             f"{len(slots)} parameters none is left; widen `include`, or "
             "call `register_layer` with the type of its layers"
         )
+    empty = [name for name, slot in selected.items() if slot.parameter.is_meta]
+    if empty:
+        raise ValueError(
+            "`model` must hold its weights, got tensors on the meta device, which have none: "
+            f"{', '.join(empty)}; call `model.to_empty(device=...)` and fill them before"
+        )
     frozen = {name: slot for name, slot in selected.items() if not slot.parameter.requires_grad}
     dense = {
         name: slot
@@ -305,35 +313,66 @@ def select(
     )
 
 
-def check_storage(tensors: Mapping[str, Tensor]) -> None:
+def ties(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
+    """Qualified name -> the further names of each tensor, under which it is tied."""
+    return {name: [other for other, _, _ in slot.others] for name, slot in slots.items()}
+
+
+def check_kept(before: Mapping[str, list[str]], slots: Mapping[str, Slot]) -> None:
+    """Refuse a model in which tensors to prune are gone, or tied otherwise than before.
+
+    Args:
+        before: The `ties` of these tensors when they were selected.
+        slots: The places that there are now.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    now = ties(slots)
+    lost = [name for name, others in before.items() if now.get(name) != others]
+    if lost:
+        raise ValueError(
+            "`model` must keep the tensors that are pruned, and what they are tied to, but not so "
+            f"{', '.join(lost)}; make a new Pruner after its layers were replaced"
+        )
+
+
+def check_storage(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
     """Refuse tensors that share memory, so that pruning one of them changes another.
 
     Args:
         tensors: Qualified name -> what is to be pruned; of a sharded tensor the local part.
+        others: What is not to be pruned.
 
     Raises:
         ValueError: Naming them.
     """
     shared = []
     places: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
-    for name, tensor in tensors.items():
-        if not tensor.numel() or tensor.is_meta:
+    for name, tensor in (*tensors.items(), *others.items()):
+        if not tensor.numel() or tensor.is_meta or not _has_memory(tensor):
             continue
-        if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        sizes = zip(tensor.stride(), tensor.shape, strict=True)
+        if name in tensors and any(stride == 0 and size > 1 for stride, size in sizes):
             shared.append(f"{name} (entries of its own, as `expand` makes them)")
         else:
             storage = tensor.untyped_storage().data_ptr()
             places.setdefault((tensor.device, storage), []).append((name, tensor))
     for members in places.values():
         for (one, a), (other, b) in combinations(members, 2):
-            if _overlap(a, b):
+            if (one in tensors or other in tensors) and _overlap(a, b):
                 shared.append(f"{one} and {other}")
     if shared:
         raise ValueError(
             "`include` must select tensors with memory of their own, got some that share it: "
-            f"{', '.join(shared)}; tie them as one parameter, `exclude` one of them, or copy it "
-            "with `.clone()`"
+            f"{', '.join(shared)}; tie them as one parameter, `exclude` them, or copy one with "
+            "`.clone()`"
         )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it is laid out in one storage; not sparse, or made of others as quantised ones."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

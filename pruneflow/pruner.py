@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,15 @@ from pruneflow.importance import Importance, magnitude
 from pruneflow.kinds import check_kinds
 from pruneflow.masking import InPlace, Masking, held_elsewhere
 from pruneflow.masks import MaskSet, check_costs, check_units, compute_masks
-from pruneflow.parameters import Pattern, check_storage, locate, select
+from pruneflow.parameters import (
+    Pattern,
+    Slot,
+    check_kept,
+    check_storage,
+    locate,
+    select,
+    ties,
+)
 from pruneflow.processes import check_placements, decide, local, place, reshard, unwrap, whole
 from pruneflow.rewinding import (
     OptimizerState,
@@ -100,7 +109,7 @@ class Pruner:
         optimizer_state: OptimizerState = "zero_pruned",
     ) -> None:
         check_optimizer_state(optimizer_state)
-        check_kinds(importance, granularity, costs, masking)
+        check_kinds(model, importance, granularity, costs, masking)
         plain = plain_optimizers(optimizers or ())
         self.model = unwrap(model)
         reshard(self.model)
@@ -131,7 +140,6 @@ class Pruner:
         resolve_scope(scope, self._names)
         self.granularity, self.costs = granularity, costs
         self._couple()
-        check_storage({name: local(p.detach()) for name, p in self._parameters.items()})
         self.masking.check(self.model, self._parameters)
         check_placements(self._parameters)
         check_units(self._parameters, self._units, scope)
@@ -149,6 +157,9 @@ class Pruner:
             self._check_held(self._parameters, plain)
         self._optimizers = plain
         self._attached = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_attached": False}  # a copy holds nothing, as its masking
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -419,18 +430,21 @@ class Pruner:
             if isinstance(self._units, NM):
                 self._units = self._units.bind({name: slots[name] for name in self._names})
         self._parameters = {n: slot.parameter for n, slot in slots.items() if n in names}
+        self._ties = ties({name: slots[name] for name in self._parameters})
+        self._check_storage(slots)
+
+    def _check_storage(self, slots: Mapping[str, Slot]) -> None:
+        tensors = {name: local(slot.parameter.detach()) for name, slot in slots.items()}
+        pruned = {name: tensors.pop(name) for name in self._parameters}
+        check_storage(pruned, tensors)
 
     def _refresh(self) -> None:
         """Take in the parameters that the model has now, and check that they are trained."""
         reshard(self.model)
         self.masking.refresh()
         slots = locate(self.model)
-        missing = [name for name in self._parameters if name not in slots]
-        if missing:
-            raise ValueError(
-                "`model` must keep the tensors that are pruned, but no longer has "
-                f"{', '.join(missing)}; make a new Pruner after its layers were replaced"
-            )
+        check_kept(self._ties, slots)
+        self._check_storage(slots)
         if any(slots[name].parameter is not held for name, held in self._parameters.items()):
             self._couple()
         if self._optimizers:

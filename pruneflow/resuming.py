@@ -42,10 +42,11 @@ def check_state(
     Raises:
         ValueError: Saying what differs, or what is wrong.
     """
-    if state.get("version") != VERSION:
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if version != VERSION:
         raise ValueError(
             f"the checkpoint's pruning state is expected to have version {VERSION}, but "
-            f"{state.get('version')!r} came; read it with the pruneflow that wrote it"
+            f"{version!r} came; read it with the pruneflow that wrote it"
         )
     if wrong := _misshapen(state) or list(_contradictions(state, tensors)):
         raise ValueError(

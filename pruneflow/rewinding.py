@@ -231,9 +231,11 @@ def plain_optimizers(optimizers: Sequence[Any]) -> list[Optimizer]:
 
 
 def _plain(optimizer: Any) -> Optimizer:
-    inner = optimizer
+    inner, seen = optimizer, [optimizer]
     while not hasattr(inner, "_optimizer_step_post_hooks"):  # made by Optimizer.__init__
-        inner = next((w for n in _WRAPPED if (w := getattr(inner, n, None)) is not None), None)
+        within = (getattr(inner, name, None) for name in _WRAPPED)
+        inner = next((w for w in within if not any(w is s for s in (None, *seen))), None)
+        seen.append(inner)
         if inner is None:
             raise TypeError(
                 "`optimizers` is expected to be a list of PyTorch's optimizers, or of wrappers "

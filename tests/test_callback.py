@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import re
+import warnings
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -553,6 +554,7 @@ def of_mask(key, value):
             (without(key), f"no `{key}`")
             for key in ("round", "method", "plan", "costs", "masks", "names", "learning_rate")
         ),
+        (lambda state: state.clear(), "version 4, but None"),
         (of("round", 99), "round 99 of a plan of 2 rounds"),
         (of("round", -1), "-1 for `round`"),
         (of("round", 1.0), "1.0 for `round`"),
@@ -663,6 +665,46 @@ def test_validate_test_and_predict_never_prune(model, batches, trainer):
     fit.test(model, batches, verbose=False)
     fit.predict(model, batches)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class PutsBack(L.Callback):
+    """Puts dense weights back at some moment of a fit."""
+
+    def __init__(self, moment, by):
+        self.by = by
+        setattr(self, moment, self.put_back)
+
+    def on_fit_start(self, trainer, pl_module):
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def put_back(self, trainer, pl_module):
+        if self.by == "load":
+            pl_module.load_state_dict(self.weights)
+        else:
+            with torch.no_grad():
+                for name, parameter in pl_module.named_parameters():
+                    parameter.copy_(self.weights[name])
+
+
+@pytest.mark.parametrize("by", ["load", "copy"])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("moment", ["on_train_end", "on_fit_end", "on_train_epoch_end"])
+def test_weights_that_others_put_back_are_pruned_too(
+    model, batches, trainer, tmp_path, moment, order, by
+):
+    pruning = PruningCallback([0.5, 0.8])
+    saving = ModelCheckpoint(tmp_path, save_weights_only=True, save_on_train_epoch_end=True)
+    callbacks = [PutsBack(moment, by), pruning][::order]
+    last = trainer(*callbacks, saving, max_epochs=3, enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        last.fit(model, batches)
+    assert sparsity(model) == pytest.approx(pruning.sparsity) == pytest.approx(0.8, abs=0.01)
+    said = sum("put back after training" in str(warning.message) for warning in caught)
+    assert said == (moment == "on_fit_end" or (moment == "on_train_end" and order == -1))
+    state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
+    model.load_state_dict(state)
+    assert sparsity(model) == pytest.approx(pruning.sparsity)
 
 
 @both

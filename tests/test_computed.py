@@ -49,6 +49,16 @@ class Scaled(nn.Linear):
         return F.linear(x, 0.3 * self.weight.half().float(), self.bias).relu()
 
 
+class CentredOverOutputs(nn.Conv1d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(0), self.bias)
+
+
+class CentredInTensordot(nn.Linear):
+    def forward(self, x):
+        return torch.tensordot(x, self.weight - self.weight.mean(), ([1], [1]))
+
+
 class Centred(nn.Module):
     def forward(self, weight):
         return weight - weight.mean()
@@ -67,6 +77,8 @@ def parametrized(parametrization):
         (lambda: Standardised(6, 6, 3, groups=6), ["weight"]),
         (lambda: StandardisedByBatchNorm(4, 6, 3), ["weight"]),
         (lambda: Merged(5, 3), ["weight"]),
+        (lambda: CentredOverOutputs(8, 8, 3), ["weight"]),
+        (lambda: CentredInTensordot(8, 8), ["weight"]),
         (lambda: parametrized(Centred()), ["parametrizations.weight.original"]),
         (lambda: Beside(5, 3), []),
         (lambda: Scaled(5, 3), []),

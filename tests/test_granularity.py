@@ -1,6 +1,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -82,6 +83,18 @@ def test_refuses_what_groups_cannot_be():
     for n, m in ((0, 4), (4, 4), (5, 4)):
         with pytest.raises(ValueError, match="0 < n < m"):
             NM(n, m)
+
+
+def test_sizes_and_seeds_are_whole_numbers_of_any_type():
+    assert str(NM(np.int64(2), torch.tensor(4))) == str(NM(2, 4))
+    assert str(Block(np.int8(2), torch.tensor(3))) == str(Block(2, 3))
+    assert str(Random(torch.tensor(3))) == str(Random(np.int64(3))) == str(Random(3))
+    for sizes in ((2.0, 4.0), ("2", "4"), (None, 4)):
+        with pytest.raises(ValueError, match="`n` and `m` must be whole numbers"):
+            NM(*sizes)
+    for sizes in ((1.5, 2), ("1", 2), (None, 2), (1, 0)):
+        with pytest.raises(ValueError, match="`rows` and `columns` must be whole numbers"):
+            Block(*sizes)
 
 
 @given(seed=st.integers(0, 99), before=st.floats(0, 0.6), sparsity=st.floats(0, 0.5))

@@ -410,6 +410,34 @@ def test_what_load_state_dict_brings_is_masked_at_once(masking, assign, part):
     assert torch.equal(target.state_dict()[name], first[name])
 
 
+@both
+def test_what_state_dict_gives_is_masked_whatever_moved_the_weights(masking):
+    model = network()
+    pruner = Pruner(model, optimizers=[], masking=masking())
+    pruner.prune_to(0.8)
+    masks = pruner.masks
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    state = model.state_dict()
+    assert all(torch.equal(state[name] != 0, mask) for name, mask in masks.items())
+
+
+def test_a_model_can_be_converted_by_swapping_while_held_and_after():
+    model = network()
+    pruner = Pruner(model, optimizers=[])
+    pruner.prune_to(0.8)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+        assert sparsity(model) == pruner.prune_to(0.8).sparsity
+        pruner.remove()
+        model.float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+
+
 def test_copies_of_a_held_model_are_free(tmp_path):
     model = network()
     dense = copy.deepcopy(model.state_dict())

@@ -214,6 +214,18 @@ def test_a_registered_layer_is_prunable_by_default(registered):
         layer_types.register_layer(model[0])
 
 
+def test_tensors_without_values_are_refused_by_name():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"meta device.*: 0\.weight, 1\.weight; call"):
+        Pruner(model, optimizers=[])
+
+
+def test_what_names_no_weights_is_not_registered():
+    with pytest.raises(TypeError, match=r"`weights` must be the name .*, got 5"):
+        layer_types.register_layer(nn.Linear, 5)
+
+
 def test_more_of_torch_is_known():
     class Net(nn.Module):
         def __init__(self):
@@ -253,10 +265,10 @@ def views_of_one():
 def test_tensors_that_share_memory_are_refused(tensors, named):
     tensors = {n: t.detach() for n, t in tensors(nn.Parameter(torch.randn(3, 4))).items()}
     if named is None:
-        check_storage(tensors)
+        check_storage(tensors, {})
     else:
         with pytest.raises(ValueError, match=f"got some that share it: {named}"):
-            check_storage(tensors)
+            check_storage(tensors, {})
 
 
 def test_frozen_are_left_out_and_listed():

@@ -1,5 +1,9 @@
+import copy
+import pickle
+import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -58,7 +62,7 @@ def test_nothing_is_changed_when_a_weight_is_not_a_number():
     network = model()
     pruner = Pruner(network, optimizers=[])
     pruner.prune_to(0.5)
-    network[2].weight.data[0, 0] = float("nan")
+    network[2].weight.data[pruner.masks["2.weight"]] = float("nan")
     before = {name: value.clone() for name, value in network.state_dict().items()}
     masks = pruner.masks
     with pytest.raises(ValueError, match=r"'2\.weight'"):
@@ -192,6 +196,13 @@ def test_zeros_hold_through_wrapped_optimizers(wrap):
     assert not inner._optimizer_step_post_hooks
 
 
+def test_a_wrapper_around_itself_is_refused():
+    wrapper = types.SimpleNamespace()
+    wrapper.optimizer = wrapper
+    with pytest.raises(TypeError, match="give the optimizer that it wraps"):
+        Pruner(model(), optimizers=[wrapper])
+
+
 def test_what_is_no_optimizer_is_refused_before_anything_is_held():
     network = model()
     for optimizers in ([object()], [network], torch.optim.SGD(network.parameters())):
@@ -269,10 +280,80 @@ def test_replaced_parameters_that_cannot_be_held_are_refused():
     with pytest.raises(ValueError, match=r"mask '2\.weight'"):
         train(nn.Sequential(network[0], network[1]), optimizer)
     del network[2]
-    with pytest.raises(ValueError, match=r"has no '2\.weight'"):
+    with pytest.raises(ValueError, match=r"but not so 2\.weight"):
         pruner.remove()
     assert len(pruner.masks) == 0
     assert not optimizer._optimizer_step_post_hooks
+
+
+def share_memory(network):
+    network[2].weight.data = network[0].weight.data.view(20, 10).t()
+
+
+def tie(network):
+    network[1] = nn.Linear(10, 20)
+    network[1].weight = network[0].weight
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("change", "why"), [(share_memory, "share it"), (tie, "not so 0")])
+def test_what_is_tied_or_shared_after_the_fact_is_refused(change, why, held):
+    network = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 10))
+    pruner = Pruner(network, optimizers=[])
+    if held:
+        pruner.prune_to(0.5)
+    change(network)
+    with pytest.raises(ValueError, match=why):
+        pruner.prune_to(0.6)
+
+
+def test_tied_weights_that_come_apart_are_refused():
+    network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    network[1].weight = network[0].weight
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    pruner = Pruner(network, optimizers=[optimizer])
+    pruner.prune_to(0.5)
+    with pytest.raises(ValueError, match=r"not so 0\.weight"):
+        network.load_state_dict(network.state_dict(), assign=True)
+    with pytest.raises(ValueError, match=r"not so 0\.weight"):
+        pruner.remove()
+
+
+@pytest.mark.parametrize("of", ["embedding", "frozen", "bias"])
+def test_what_shares_memory_with_a_tensor_to_prune_is_refused(of):
+    linear = nn.Linear(8, 8)
+    other = nn.Embedding(8, 8)
+    if of == "bias":
+        linear.bias = nn.Parameter(linear.weight.data[0])
+    else:
+        other.weight = nn.Parameter(linear.weight.data, requires_grad=of == "embedding")
+    with pytest.raises(ValueError, match=r"share it: 1\.weight and "):
+        Pruner(nn.Sequential(other, linear), exclude=[nn.Embedding], optimizers=[])
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_a_copy_of_a_pruner_holds_nothing_and_can_prune(copy_of):
+    network = model()
+    pruner = Pruner(network, optimizers=[torch.optim.SGD(network.parameters(), lr=0.1)])
+    pruner.prune_to(0.5)
+    other = copy_of(pruner)
+    assert len(other.masks) == 0 and pruner.masks.sparsity == 0.5
+    other.prune_to(0.7)
+    (optimizer,) = other._optimizers
+    train(other.model, optimizer)
+    assert (sparsity(other.model), sparsity(network)) == (0.7, 0.5)
+    other.remove()
+    assert pruner.masks.sparsity == 0.5
+
+
+def test_costs_of_any_kind_of_number_and_no_others():
+    costs = {"0.weight": np.float32(2), "2.weight": torch.tensor(3.0)}
+    pruner = Pruner(model(), costs=costs, optimizers=[])
+    pruner.prune_to(0.5)
+    assert type(pruner.removed) is float and pruner.removed == pytest.approx(0.5, abs=0.01)
+    for wrong in ("a", None, torch.ones(2)):
+        with pytest.raises(ValueError, match=r"do not for 0\.weight"):
+            Pruner(model(), costs=costs | {"0.weight": wrong}, optimizers=[])
 
 
 def test_an_optimizer_that_lets_go_of_the_weights_is_noticed():
@@ -302,6 +383,24 @@ def test_two_pruners_of_one_tensor_count_what_the_other_holds():
     assert other.masks.sparsity == 0.7
     other.remove()
     assert Pruner(network, importance=Random(2), optimizers=[]).hold(dense).sparsity == 0
+
+
+def test_pruners_with_different_maskings_count_what_the_other_holds():
+    network = model()
+    one = Pruner(network, importance=Random(0), optimizers=[])
+    other = Pruner(network, importance=Random(1), optimizers=[], masking=Reparametrize())
+    one.prune_to(0.4)
+    assert other.prune_to(0.6).sparsity == sparsity(network) == 0.6
+    assert one.prune_to(0.8).sparsity == sparsity(network) == 0.8
+    other.remove()
+    one.remove()
+    assert sparsity(network) == 0.8
+
+
+@pytest.mark.parametrize("wrong", [None, [nn.Linear(2, 2)], nn.Linear])
+def test_what_is_no_model_is_refused_by_name(wrong):
+    with pytest.raises(TypeError, match=r"`model` is expected to be an nn\.Module"):
+        Pruner(wrong, optimizers=[])
 
 
 class Lora(nn.Module):
