@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,8 @@ def evaluating(model: nn.Module, example_input: Example) -> Iterator[None]:
 
     In evaluation mode, without gradients, and with new tensors on the device of the input. At the
     end the model is again as it was: its modules, hooks and attributes, the lists, dicts and sets
-    among them, the values of all tensors; and so are the generators of random numbers.
+    among them, those of objects such as a config, the values of all tensors; and so are the
+    generators of random numbers.
 
     Raises:
         ValueError: If layers wait for the first forward pass to make their parameters.
@@ -160,22 +162,30 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
 
 def _parts(model: nn.Module) -> Iterator[Any]:
-    """All modules, containers and tensors that hang on a model, each once."""
+    """All modules, containers and tensors that hang on a model, each once.
+
+    Also the attributes of other objects, as of a config, but not those that hang on these in turn:
+    through the Trainer of a LightningModule that would be all there is.
+    """
     seen: set[int] = set()
-    pending: list[Any] = [model]
+    pending: list[tuple[Any, bool]] = [(model, True)]
     while pending:
-        value = pending.pop()
+        value, of_model = pending.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
+        inner: Iterable[Any] = ()
+        if isinstance(value, nn.Module):
+            inner, of_model = [vars(value)], True
+        elif isinstance(value, dict):
+            inner = value.values()
+        elif isinstance(value, list | tuple | set | deque):
+            inner = value
+        elif of_model and not isinstance(value, Tensor | type | ModuleType):
+            inner, of_model = [vars(value)] if hasattr(value, "__dict__") else (), False
         if isinstance(value, nn.Module | Tensor | dict | list | set | deque):
             yield value
-        if isinstance(value, nn.Module):
-            pending.append(vars(value))
-        elif isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, list | tuple | set | deque):
-            pending.extend(value)
+        pending.extend((each, of_model) for each in inner)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 import random
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ class Busy(nn.Module):
         self.register_buffer("steps", torch.zeros(2))
         self.register_buffer("level", torch.tensor(torch.nan))
         self.seen, self.known, self.names, self.last = [[0]], {"a": {"b": 1}}, {"x"}, deque([1], 2)
+        self.config = SimpleNamespace(output_hidden_states=False, seen=[])
         self.cache, self.ready, self.teacher = torch.zeros(2, 3), False, [nn.Linear(2, 2)]
 
     def forward(self, x):
@@ -54,6 +56,8 @@ class Busy(nn.Module):
         self.seen[0].append(1)
         self.known["a"]["c"] = 2
         self.names.add("y")
+        self.config.output_hidden_states = True
+        self.config.seen.append(1)
         self.last.append(2)
         self.extra = nn.Linear(1, 1)
         self.gain = nn.Parameter(torch.ones(1))
@@ -85,7 +89,7 @@ def parts(value, path=""):
         for index, each in enumerate(value):
             yield from parts(each, f"{path}[{index}]")
     else:
-        yield path, id(value), str(value)
+        yield path, id(value), str(value), id(getattr(value, "seen", None))
 
 
 RUNS = {

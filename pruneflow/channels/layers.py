@@ -55,12 +55,13 @@ class Weighted(Rule):
             )
         known, constant = self._per_filter(source.known), self._per_filter(source.constant)
         varying = torch.where(known, (constant != 0) & self.reads_border, self.reads)
-        bias = torch.zeros(len(weight), dtype=torch.float64)
+        self.wide = torch.promote_types(weight.dtype, torch.float64)
+        bias = torch.zeros(len(weight), dtype=self.wide)
         if module.bias is not None:
             bias += module.bias.detach()
         # Constants are 0 where none is known.
         some = (constant != 0).any(0)
-        sums = weight[:, some].sum(2, dtype=torch.float64) * constant[:, some]
+        sums = weight[:, some].sum(2, dtype=self.wide) * constant[:, some]
         self.result.known = ~varying.any(1)
         self.result.constant = (bias + sums.sum(1)).to(source.constant.dtype) * self.result.known
         return True
@@ -187,20 +188,20 @@ class Weighted(Rule):
     def _folded(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight and bias that do not read what goes."""
         weight, wanted = self._weight().clone(), self.result.wanted
-        constant = self.source.constant.to(torch.float64)
+        constant = self.source.constant.to(self.wide)
         varying = self._varying_constants()
         merged = varying & ~kept
         if merged.any():
             standing = (constant.abs() * (varying & kept)).argmax()
             share = constant[merged] / constant[standing]
-            taps = torch.einsum("oit,i->ot", weight[:, merged].to(torch.float64), share)
+            taps = torch.einsum("oit,i->ot", weight[:, merged].to(self.wide), share)
             weight[:, standing] = (weight[:, standing] + taps).to(weight.dtype)
         absorbed = (constant != 0) & ~kept & ~varying
-        bias = weight[:, absorbed].sum(2, dtype=torch.float64) @ constant[absorbed]
+        bias = weight[:, absorbed].sum(2, dtype=self.wide) @ constant[absorbed]
         if self.module.bias is not None:
             bias += self.module.bias.detach()
         weight[~wanted] = 0
-        bias = torch.where(wanted, bias, self.result.constant.to(torch.float64))
+        bias = torch.where(wanted, bias, self.result.constant.to(self.wide))
         needless = self.module.bias is None and not bias.any()
         return weight, None if needless else bias.to(weight.dtype)
 
@@ -215,8 +216,8 @@ class Weighted(Rule):
     def _worth_computing(self, kept: Tensor) -> Tensor:
         """The filters to compute, with one that stands for all that give the same constant."""
         others = kept & ~self.result.wanted
-        constants = self.result.constant[others & self.result.known].unique()
-        if not others.any() or len(constants) > 1:
+        constants = self.result.constant[others & self.result.known]
+        if not others.any() or (constants != constants[:1]).any():
             return kept
         known = others & self.result.known
         self.standing = _first(known if known.any() else others)

@@ -30,14 +30,15 @@ _DEFAULTS = {
     **{"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1},
     **{"training": False, "eps": 1e-5},
 }
+_NO_LAYERS = {"torch.nn.modules.module", "torch.nn.modules.container"}
 LAYERS = tuple(kind for kinds, _, _ in _FUNCTIONS.values() for kind in kinds)
 
 
 class SubclassTracer(fx.Tracer):
     """Opens layers that come with a `forward` of their own, to see what they make of their base's.
 
-    One whose code cannot be followed stays whole. That may be because it counts pixels, as timm's
-    Conv2dSame does, and another tracer that is told of `sizes` can.
+    One whose code cannot be followed stays whole, of whatever layer it is one. That may be because
+    it counts pixels, as timm's Conv2dSame does, and another tracer that is told of `sizes` can.
 
     Args:
         sizes: Qualified names of layers -> shape of their input.
@@ -73,7 +74,7 @@ class SubclassTracer(fx.Tracer):
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:  # it is the layer's own code
-            if not isinstance(m, LAYERS):
+            if not _extends_a_layer(m):
                 raise
             for node in reversed(list(self.graph.nodes)[before:]):
                 if node.op != "get_attr":  # others are given the same
@@ -82,6 +83,12 @@ class SubclassTracer(fx.Tracer):
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
         finally:
             self.param_shapes_constant = False
+
+
+def _extends_a_layer(module: nn.Module) -> bool:
+    """Whether its class or a base of it is a layer of PyTorch, such as `nn.LSTM`."""
+    places = {base.__module__ for base in type(module).__mro__} - _NO_LAYERS
+    return any(place.startswith("torch.nn.") for place in places)
 
 
 class _Sized(fx.Proxy):

@@ -70,8 +70,8 @@ def export_onnx(
             f"got tensors of shape {', '.join(map(str, shapes)) or 'none'}; give a batch, or "
             "dynamic_batch=False where the tensors differ"
         )
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    named = [*model.named_parameters(), *model.named_buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in named)
     if size > _MOST_BYTES:
         raise ValueError(
             f"`model` is expected to have at most {_MOST_BYTES:,} bytes of weights, which one ONNX "
@@ -86,6 +86,7 @@ def export_onnx(
     elif dynamic_batch:
         examples.append(_resized(example_input, lambda x: x[:1]))
     with evaluating(model, example_input):
+        places = {name: tensor.data_ptr() for name, tensor in named}
         expected = [call(model, example_input)]
         if not isinstance(expected[0], Tensor):
             raise TypeError(
@@ -100,6 +101,12 @@ def export_onnx(
                 f"{len(tensors_in(examples[1])[0])} it does not: {error.__cause__}; give "
                 "dynamic_batch=False"
             ) from error
+        # The exporter would end the process.
+        if moved := [name for name, tensor in named if tensor.data_ptr() != places[name]]:
+            raise ValueError(
+                "`model` must leave its tensors where they are, but `forward` assigns to `.data` "
+                f"of {', '.join(moved)}; use `copy_(...)`"
+            )
         program = _export(model, traced, opset, dynamic_batch)
     with write_whole(Path(path)) as temporary:
         program.save(temporary, external_data=False)

@@ -195,3 +195,24 @@ def test_a_buffer_that_control_flow_depends_on_is_no_hindrance():
             return self.b(self.a(x) * self.gamma if self.held_number > 0 else self.a(x))
 
     assert shrink(Counting(None, nn.Linear), torch.zeros(1, 4)).a.out_features == 4
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, lambda i, o, **kw: nn.Conv1d(i, o, 1, **kw)])
+def test_layers_of_complex_weights(layer):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self[1](torch.tanh(self[0](x)))
+
+    net = Net(*(layer(*sizes, dtype=torch.cfloat) for sizes in ((4, 6), (6, 4))))
+    x = torch.randn(3, 4, 4, dtype=torch.cfloat)
+    for tensor in (net[0].weight, net[0].bias):
+        tensor.data[2:4] = 0
+    net[0].weight.data[5] = 0  # what is left of it, the bias, goes into that of the next layer
+    expected, small = net(x), shrink(net, x)
+    torch.testing.assert_close(small(x), expected)
+    assert small[0].weight.shape[0] == 3
+    assert remove_channels(net, x) == 0  # the next layer reads them
+    net[1].weight.data[:, 2:4] = 0
+    torch.testing.assert_close(net(x), expected)
+    assert remove_channels(net, x) == 2
+    torch.testing.assert_close(net(x), expected)

@@ -322,3 +322,39 @@ def test_the_model_is_left_as_it_was():
     assert "_check_input_dim" in vars(nn.BatchNorm2d)
     with pytest.raises(ValueError, match="expected 4D"):
         nn.BatchNorm2d(3)(torch.zeros(1, 3))
+
+
+class Sequence(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class InstanceNormAct(nn.InstanceNorm1d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Sequence(8, 8, batch_first=True),
+        lambda: SelfAttention(8, 2, batch_first=True),
+        lambda: InstanceNormAct(5, affine=True),
+    ],
+)
+def test_layers_whose_code_looks_at_its_input_stay_whole(layer):
+    x = torch.randn(3, 5, 4)
+    model = nn.Sequential(nn.Linear(4, 8), layer(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    for tensor in (model[0].weight, model[2].weight, model[2].bias):
+        tensor.data[:2] = 0
+    model[4].weight.data[:, :2] = 0
+    expected, small = model.eval()(x), shrink(model, x)
+    torch.testing.assert_close(small(x), expected)
+    assert [small[i].out_features for i in (0, 2)] == [8, 4]
+    assert remove_channels(model, x) == 2
+    torch.testing.assert_close(model(x), expected)

@@ -187,3 +187,13 @@ def test_outputs_agree_within_a_share_of_their_norm():
     assert mismatch(ones * 0, ones * 1e-9) is not None
     assert mismatch(ones, ones * torch.inf) is not None
     assert mismatch(ones, ones * torch.nan) is not None
+
+
+def test_a_tensor_that_forward_moves_is_refused(tmp_path):
+    class Normalised(nn.Linear):
+        def forward(self, x):
+            self.weight.data = nn.functional.normalize(self.weight.data)
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="`model` must leave its tensors where they are.*0.weight"):
+        export_onnx(nn.Sequential(Normalised(4, 2)), torch.zeros(2, 4), tmp_path / "a.onnx")

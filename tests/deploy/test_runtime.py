@@ -456,6 +456,13 @@ def test_a_default_device_or_type_changes_nothing():
     torch.testing.assert_close(out, expected)
 
 
+def test_compiling_draws_no_random_numbers():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    state = torch.get_rng_state()
+    sparse_compile(model, torch.zeros(2, 3, 5, 5), threads=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_neither_example_nor_batch_is_overwritten():
     model = nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(3, 4, 3))
     batch = torch.randn(2, 3, 5, 5)
