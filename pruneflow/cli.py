@@ -31,6 +31,7 @@ from pruneflow.document import document
 from pruneflow.ends import TARGET_MISSED, no_space, signals
 from pruneflow.experiment import Experiment
 from pruneflow.facts import Facts
+from pruneflow.history import DivergedError
 from pruneflow.preflight import BuildError, unwrap
 from pruneflow.report import forms_summary, summary
 from pruneflow.resources import resource_dir
@@ -69,6 +70,8 @@ def _run(config: DictConfig) -> float | None:
             return _show(job.run(), folder)
         rich.print(forms_summary(job.run()))
         rich.print(f"Files: {folder}")
+    except DivergedError as error:
+        sys.exit(f"pruneflow: {error}")
     except Exception as error:
         if no_space(error):
             sys.exit(

@@ -120,7 +120,8 @@ class Experiment:
             self.data = build_data(config.data, trainer)
         self.network = build_network(config.model, self.data)
         if config.dense.weights is not None:
-            load_weights(self.network, config.dense.weights)
+            with building("dense.weights"):
+                load_weights(self.network, config.dense.weights)
         node: Any = OmegaConf.to_container(config.model, resolve=True)
         self.description = describe(node, self.data)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))

@@ -302,6 +302,15 @@ def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_training_that_diverges_ends_with_one_message(tmp_path):
+    arguments = ["optimizer.lr=1e30", "dense.epochs=0", "pruning.epochs=3", "schedule=one_shot"]
+    run = pruneflow(*arguments, "hydra.run.dir=run", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "the training has diverged" in run.stderr and "lower optimizer.lr" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
 def test_structured_torch_method(tmp_path):
     pruneflow(
         *QUICK,
