@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,7 +33,7 @@ from pruneflow.ends import TARGET_MISSED, no_space, signals
 from pruneflow.experiment import Experiment
 from pruneflow.facts import Facts
 from pruneflow.history import DivergedError
-from pruneflow.preflight import BuildError, unwrap
+from pruneflow.preflight import BuildError, check_folder, unwrap
 from pruneflow.report import forms_summary, summary
 from pruneflow.resources import resource_dir
 from pruneflow.run_folder import drop_checkpoints
@@ -263,6 +264,27 @@ def _read_facts(folder: Path) -> Facts:
     return facts
 
 
+class FolderCheck(Callback):
+    """Refuses a folder that cannot be written to, before Hydra writes there.
+
+    `conf/config.yaml` names it.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the folder of a run."""
+        self._check("hydra.run.dir", config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the folder of a sweep."""
+        self._check("hydra.sweep.dir", config.hydra.sweep.dir)
+
+    def _check(self, key: str, folder: str) -> None:
+        try:
+            check_folder(key, folder)
+        except ValueError as error:
+            sys.exit(f"pruneflow: {error}")
+
+
 # -- recipes ---------------------------------------------------------------------------------------
 
 
@@ -321,11 +343,17 @@ def store_recipes() -> None:
         store.store(group="recipe", name=path.stem, node=node, package="_global_")
 
 
+def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Say a warning as one line, also in `pruneflow.log`, without the line of code it came from."""
+    _log.warning("Warning: %s", message)
+
+
 def main() -> None:
     """Run `python -m pruneflow`; `pruneflow.ends` says how it may end."""
     # Lightning's own affair with newer PyTorch, of no use to who runs this.
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
     logging.raiseExceptions = False  # a log that cannot be written ends nothing
+    warnings.showwarning = _log_warning
     store_recipes()
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     with signals(_how_to_go_on):

@@ -111,8 +111,8 @@ class History(L.Callback):
         trained = (weight for weight in pl_module.parameters() if weight.requires_grad)
         if not all(bool(weight.isfinite().all()) for weight in trained):
             raise DivergedError(
-                f"the training has diverged: NaN or infinity is in the weights after epoch "
-                f"{trainer.current_epoch}; give a lower optimizer.lr, or trainer.gradient_clip_val=1"
+                "the training has diverged: NaN or infinity is in the weights after epoch "
+                f"{trainer.current_epoch}; lower optimizer.lr, or give trainer.gradient_clip_val=1"
             )
 
     def _say(self, trainer: L.Trainer) -> None:

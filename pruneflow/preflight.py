@@ -238,16 +238,25 @@ _WORDS = {
 }
 
 
-def check_cache(folder: str) -> None:
-    """Make the folder of the dense cache, and refuse one that cannot be written to.
+def check_folder(key: str, folder: str) -> None:
+    """Make a folder, and refuse one that cannot be written to.
+
+    Args:
+        key: What sets it.
+        folder: Its path.
 
     Raises:
         ValueError: If it cannot.
     """
-    with building("dense.cache"):
+    try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
+    except OSError as error:
+        raise ValueError(
+            f"`{key}` must be a folder that can be written to, got {folder!r} "
+            f"({error.strerror}); give {key}=DIR"
+        ) from error
 
 
 # -- parts -----------------------------------------------------------------------------------------

@@ -306,9 +306,18 @@ def test_a_training_that_diverges_ends_with_one_message(tmp_path):
     arguments = ["optimizer.lr=1e30", "dense.epochs=0", "pruning.epochs=3", "schedule=one_shot"]
     run = pruneflow(*arguments, "hydra.run.dir=run", cwd=tmp_path, check=False)
     assert run.returncode == 1
-    assert "the training has diverged" in run.stderr and "lower optimizer.lr" in run.stderr
+    assert "the training has diverged" in run.stderr and "; lower optimizer.lr" in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_warning_is_a_line_in_the_output_and_in_the_log(tmp_path):
+    few = ["dense.epochs=0", "pruning.epochs=1", "schedule=one_shot", "schedule.target=0.9999"]
+    run = pruneflow(*few, "deploy.batches=[]", "hydra.run.dir=run", cwd=tmp_path)
+    [line] = [line for line in run.stdout.splitlines() if "nothing is left of" in line]
+    assert line.startswith("Warning: nothing is left of network.")
+    assert line in (tmp_path / "run" / "pruneflow.log").read_text()
+    assert "UserWarning" not in run.stdout + run.stderr
 
 
 def test_structured_torch_method(tmp_path):
@@ -435,6 +444,17 @@ def test_a_disk_that_is_full_is_called_so(tmp_path):
     assert "dense.ckpt" in run.stderr and "resume=true" in run.stderr
     assert "Traceback" not in run.stderr
     assert not [*tmp_path.rglob("*partial*")]
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+@pytest.mark.parametrize("path", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, sweep, path):
+    (tmp_path / "file").write_text("")
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    run = pruneflow(*sweep, f"{key}={path}", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert f"`{key}` must be a folder that can be written to, got '{path}' (" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_help_and_cfg(tmp_path):

@@ -95,7 +95,10 @@ def with_parts(config, **parts):
             "deploy.threads=0",
             f"`deploy.threads` must be at least 1 and at most {os.cpu_count()}, got 0",
         ),
-        ("deploy.threads=100000", f"at most {os.cpu_count()}, got 100000; give deploy.threads=null"),
+        (
+            "deploy.threads=100000",
+            f"at most {os.cpu_count()}, got 100000; give deploy.threads=null",
+        ),
         ("deploy.batches=-1", "got -1; give deploy.batches=[1,16,128]"),
         ("deploy.threads=all", "`deploy.threads` must be a whole number or null, got 'all'"),
         ("seed=null", "`seed` must be a whole number, got null; give seed=0"),

@@ -51,7 +51,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
             yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"`root` must hold pictures that can be read, got {path} ({error}); replace or delete it"
+            f"`root` must hold pictures that can be read, got {path} ({error}); replace or delete "
+            "it"
         ) from error
 
 
