@@ -63,16 +63,18 @@ def _run(config: DictConfig) -> float | None:
             f"one is writing to {folder}; wait for it, or choose another folder"
         )
     except InstantiationException as error:
-        sys.exit(_refusal(unwrap(error)))
+        _fail(_refusal(unwrap(error)))
+        return None
     except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
-        sys.exit(_refusal(error))
+        _fail(_refusal(error))
+        return None
     try:
         if isinstance(job, Experiment):
             return _show(job.run(), folder)
         rich.print(forms_summary(job.run()))
         rich.print(f"Files: {folder}")
     except DivergedError as error:
-        sys.exit(f"pruneflow: {error}")
+        _fail(f"pruneflow: {error}", trained=True)
     except Exception as error:
         if no_space(error):
             sys.exit(
@@ -81,6 +83,15 @@ def _run(config: DictConfig) -> float | None:
             )
         raise
     return None
+
+
+def _fail(message: str, *, trained: bool = False) -> None:
+    """End with a message; but a sweep that has trained something goes on with its other jobs."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN or not (trained or settings.job.num):
+        sys.exit(message)
+    _log.error(message)
+    _failed.append(settings.job.num)
 
 
 def _refusal(error: Exception) -> str:
@@ -127,6 +138,7 @@ def _show(facts: Facts, folder: Path) -> float:
 
 
 _PROGRAM = ("python", "-m", "pruneflow")
+_failed: list[int] = []  # jobs of this command's sweep
 _missed: list[Path] = []  # folders of this command's runs that ended short of their target
 
 
@@ -358,5 +370,8 @@ def main() -> None:
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     with signals(_how_to_go_on):
         _run()
+    if _failed:
+        jobs = ", ".join(f"#{job}" for job in _failed)
+        sys.exit(f"pruneflow: jobs of the sweep that failed: {jobs}; each has said why above")
     if _missed:
         sys.exit(TARGET_MISSED)

@@ -311,6 +311,23 @@ def test_a_training_that_diverges_ends_with_one_message(tmp_path):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+def test_a_sweep_goes_on_after_a_job_that_fails(tmp_path):
+    few = ["dense.epochs=0", "pruning.epochs=1", "schedule=one_shot", "deploy.batches=[]"]
+    sweep = ["-m", *few, "optimizer.lr=0.1,1e30,-1,0.05", "hydra.sweep.dir=sweep"]
+    run = pruneflow(*sweep, cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "failed: #1, #2; each" in run.stderr and "Traceback" not in run.stderr
+    assert "has diverged" in run.stdout and "Invalid learning rate: -1" in run.stdout
+    assert [(tmp_path / "sweep" / job / "report.md").exists() for job in "0123"] == [1, 0, 0, 1]
+
+
+def test_a_sweep_ends_when_its_first_job_is_refused(tmp_path):
+    run = pruneflow("-m", "seed=x,0", "hydra.sweep.dir=sweep", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "`seed` must be a whole number, got 'x'" in run.stderr
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
 def test_a_warning_is_a_line_in_the_output_and_in_the_log(tmp_path):
     few = ["dense.epochs=0", "pruning.epochs=1", "schedule=one_shot", "schedule.target=0.9999"]
     run = pruneflow(*few, "deploy.batches=[]", "hydra.run.dir=run", cwd=tmp_path)
