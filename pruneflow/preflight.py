@@ -116,7 +116,7 @@ def check_values(config: DictConfig) -> None:
         elif not _within(value, least, most):
             expected = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
         elif key in _FILES and value is not None and not Path(value).is_file():
-            expected = "a file that is there"
+            expected = "an existing file"
         else:
             continue
         got = "null" if value is None else repr(value)
@@ -195,7 +195,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         inner = next((argument for argument in arguments if argument is not ...), Any)
         return isinstance(value, list) and all(_fits(item, inner) for item in value)
-    classes = _CLASSES.get(hint, object)  # who knows what else takes a text or a number
+    classes = _CLASSES.get(hint, object)  # who knows what else takes a string or a number
     return isinstance(value, classes) and not (isinstance(value, bool) and hint in (int, float))
 
 
@@ -232,7 +232,7 @@ _WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
     Path: "a path",
     type(None): "null",
 }
@@ -282,7 +282,7 @@ def check_trainer(config: DictConfig) -> L.Trainer:
         A Trainer that is good for its settings.
 
     Raises:
-        ValueError: If Lightning takes it not, or would take another precision than was asked for.
+        ValueError: If Lightning refuses it, or would use another precision than was asked for.
     """
     with building("trainer"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is not supported on CPU")  # which is refused below

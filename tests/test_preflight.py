@@ -109,13 +109,13 @@ def with_parts(config, **parts):
         ("task=compare", "`task` must be 'prune' or 'deploy', got 'compare'"),
         ("dense.epochs=-1", "`dense.epochs` must be at least 0, got -1; give dense.epochs=10"),
         ("dense.epochs=1.5", "`dense.epochs` must be a whole number, got 1.5"),
-        ("dense.weights=3", "`dense.weights` must be a text or null, got 3"),
+        ("dense.weights=3", "`dense.weights` must be a string or null, got 3"),
         (
             "dense.weights=nowhere.pt",
-            "`dense.weights` must be a file that is there, got 'nowhere.pt'",
+            "`dense.weights` must be an existing file, got 'nowhere.pt'",
         ),
         ("pruning.epochs=two", "`pruning.epochs` must be a whole number, got 'two'"),
-        ("pruning.exclude=null", "`pruning.exclude` must be a list of texts, got null"),
+        ("pruning.exclude=null", "`pruning.exclude` must be a list of strings, got null"),
         ("pruning.exclude=fc", '; give pruning.exclude=["fc"]'),
         ("pruning.gradient_batches=0", "`pruning.gradient_batches` must be at least 1, got 0"),
         (
