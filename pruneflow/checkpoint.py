@@ -106,8 +106,8 @@ class SparsityCheckpoint(ModelCheckpoint):
         longest = max(len(part.encode()) for part in made.split("/"))
         if longest > _NAME:
             raise ValueError(
-                f"`filename` must make names of at most {_NAME} bytes (file systems take 255, an "
-                f"ending comes), got {longest} for {filename!r}; shorten it"
+                f"`filename` must make names of at most {_NAME} bytes (file systems allow 255, a "
+                f"suffix is added), got {longest} for {filename!r}; shorten it"
             )
 
     @property

@@ -20,6 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +32,8 @@ from pruneflow.document import document
 from pruneflow.ends import TARGET_MISSED, no_space, signals
 from pruneflow.experiment import Experiment
 from pruneflow.facts import Facts
-from pruneflow.preflight import BuildError, unwrap
+from pruneflow.history import DivergedError
+from pruneflow.preflight import BuildError, check_folder, unwrap
 from pruneflow.report import forms_summary, summary
 from pruneflow.resources import resource_dir
 from pruneflow.run_folder import drop_checkpoints
@@ -61,14 +63,18 @@ def _run(config: DictConfig) -> float | None:
             f"one is writing to {folder}; wait for it, or choose another folder"
         )
     except InstantiationException as error:
-        sys.exit(_refusal(unwrap(error)))
+        _fail(_refusal(unwrap(error)))
+        return None
     except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
-        sys.exit(_refusal(error))
+        _fail(_refusal(error))
+        return None
     try:
         if isinstance(job, Experiment):
             return _show(job.run(), folder)
         rich.print(forms_summary(job.run()))
         rich.print(f"Files: {folder}")
+    except DivergedError as error:
+        _fail(f"pruneflow: {error}", trained=True)
     except Exception as error:
         if no_space(error):
             sys.exit(
@@ -77,6 +83,15 @@ def _run(config: DictConfig) -> float | None:
             )
         raise
     return None
+
+
+def _fail(message: str, *, trained: bool = False) -> None:
+    """End with a message; but a sweep that has trained something goes on with its other jobs."""
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.MULTIRUN or not (trained or settings.job.num):
+        sys.exit(message)
+    _log.error(message)
+    _failed.append(settings.job.num)
 
 
 def _refusal(error: Exception) -> str:
@@ -123,6 +138,7 @@ def _show(facts: Facts, folder: Path) -> float:
 
 
 _PROGRAM = ("python", "-m", "pruneflow")
+_failed: list[int] = []  # jobs of this command's sweep
 _missed: list[Path] = []  # folders of this command's runs that ended short of their target
 
 
@@ -260,6 +276,27 @@ def _read_facts(folder: Path) -> Facts:
     return facts
 
 
+class FolderCheck(Callback):
+    """Refuses a folder that cannot be written to, before Hydra writes there.
+
+    `conf/config.yaml` names it.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the folder of a run."""
+        self._check("hydra.run.dir", config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the folder of a sweep."""
+        self._check("hydra.sweep.dir", config.hydra.sweep.dir)
+
+    def _check(self, key: str, folder: str) -> None:
+        try:
+            check_folder(key, folder)
+        except ValueError as error:
+            sys.exit(f"pruneflow: {error}")
+
+
 # -- recipes ---------------------------------------------------------------------------------------
 
 
@@ -318,14 +355,23 @@ def store_recipes() -> None:
         store.store(group="recipe", name=path.stem, node=node, package="_global_")
 
 
+def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Say a warning as one line, also in `pruneflow.log`, without the line of code it came from."""
+    _log.warning("Warning: %s", message)
+
+
 def main() -> None:
     """Run `python -m pruneflow`; `pruneflow.ends` says how it may end."""
     # Lightning's own affair with newer PyTorch, of no use to who runs this.
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
     logging.raiseExceptions = False  # a log that cannot be written ends nothing
+    warnings.showwarning = _log_warning
     store_recipes()
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     with signals(_how_to_go_on):
         _run()
+    if _failed:
+        jobs = ", ".join(f"#{job}" for job in _failed)
+        sys.exit(f"pruneflow: jobs of the sweep that failed: {jobs}; each has said why above")
     if _missed:
         sys.exit(TARGET_MISSED)

@@ -15,7 +15,7 @@ from pruneflow.deploy import Form, load_packed
 from pruneflow.deploy.forms import markdown
 from pruneflow.files import write_whole
 from pruneflow.models import load_state, load_weights
-from pruneflow.preflight import build_data, build_network, check_values
+from pruneflow.preflight import build_data, build_network, building, check_values
 
 _log = logging.getLogger(__name__)
 
@@ -54,11 +54,13 @@ class Deployment:
         self.description = describe(node, self.data)
         self.dense, self.pruned = (build_network(config.model, self.data) for _ in range(2))
         if config.dense.weights is not None:
-            load_weights(self.dense, config.dense.weights)
-        if Path(config.checkpoint).suffix == ".packed":
-            load_state(self.pruned, load_packed(config.checkpoint), config.checkpoint)
-        else:
-            load_weights(self.pruned, config.checkpoint)
+            with building("dense.weights"):
+                load_weights(self.dense, config.dense.weights)
+        with building("checkpoint"):
+            if Path(config.checkpoint).suffix == ".packed":
+                load_state(self.pruned, load_packed(config.checkpoint), config.checkpoint)
+            else:
+                load_weights(self.pruned, config.checkpoint)
 
     def run(self) -> list[Form]:
         """Write the folder, and return what was measured."""

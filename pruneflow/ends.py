@@ -27,10 +27,11 @@ _GRACE = 10.0  # seconds for loggers to close, and for whoever swallows the inte
 
 @contextmanager
 def signals(say: Callable[[], str]) -> Iterator[None]:
-    """End with 130 after Ctrl-C and with 143 after SIGTERM, whatever runs then makes of them.
+    """End with 130 after Ctrl-C and with 143 after SIGTERM, whatever is running.
 
-    Both raise `SystemExit`, so that loggers close and temporary files go. Code that is called from
-    native code drops it: who has not ended after some seconds, or at a second signal, is ended.
+    Both raise `SystemExit`, so that loggers close and temporary files go. Code called from native
+    code may swallow it, so a process that is still there some seconds later is ended, as it is at
+    a second signal.
 
     Args:
         say: What is printed at once, such as how to go on.

@@ -40,7 +40,7 @@ from pruneflow.preflight import (
     build_data,
     build_network,
     building,
-    check_cache,
+    check_folder,
     check_trainer,
     check_values,
 )
@@ -107,7 +107,7 @@ class Experiment:
             check_whole(checkpoint)
 
         if config.dense.cache is not None:
-            check_cache(config.dense.cache)
+            check_folder("dense.cache", config.dense.cache)
         self.schedule, self.importance, self.granularity, self.costs, masking = (
             build(config, key)
             for key in ("schedule", "importance", "granularity", "costs", "masking")
@@ -120,7 +120,8 @@ class Experiment:
             self.data = build_data(config.data, trainer)
         self.network = build_network(config.model, self.data)
         if config.dense.weights is not None:
-            load_weights(self.network, config.dense.weights)
+            with building("dense.weights"):
+                load_weights(self.network, config.dense.weights)
         node: Any = OmegaConf.to_container(config.model, resolve=True)
         self.description = describe(node, self.data)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
@@ -245,7 +246,7 @@ class Experiment:
         epochs = self.config.dense.epochs
         if not epochs:
             return []
-        _log.info("Dense phase: %d epochs", epochs)
+        _log.info("Dense phase: %s", _epochs(epochs))
         return self._fit("dense", self._classifier(self.network, epochs), 0, epochs, [])
 
     def _rounds(self, rows: list[Row]) -> tuple[list[FinishedRound], list[Row]]:
@@ -255,7 +256,7 @@ class Experiment:
         if self.granularity is not None or self.costs is not None:
             classifier.example_input_array = self._example()
         watch = RoundWatch(self.pruning)
-        _log.info("%d rounds: %d epochs", len(self.plan.rounds), epochs)
+        _log.info("Pruning rounds: %d in %s", len(self.plan.rounds), _epochs(epochs))
         rows = self._fit("rounds", classifier, start, start + epochs, rows, self.pruning, watch)
         # Rows come in order, so the last one of a round is the one that stays.
         fine_tuned = {row["round"]: row["val_accuracy"] for row in rows}
@@ -445,6 +446,10 @@ class Experiment:
             "frozen": list(self.selection.frozen),
             "stay_dense": self.selection.describe_dense(),
         }
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
 
 
 def _in_classifier(patterns: Any) -> Any:

@@ -36,6 +36,10 @@ COLUMNS = (
 )
 
 
+class DivergedError(ValueError):
+    """Training has left weights that are NaN or infinite."""
+
+
 class History(L.Callback):
     """Write one row an epoch to a CSV file, whole each time, and log it as a line.
 
@@ -86,7 +90,11 @@ class History(L.Callback):
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the row of this epoch."""
+        """Add the row of this epoch.
+
+        Raises:
+            DivergedError: If weights are no longer finite, so that more epochs are of no use.
+        """
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         fixed: Row = {
             "stage": self.stage,
@@ -100,6 +108,12 @@ class History(L.Callback):
         self.step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._write()
         self._say(trainer)
+        trained = (weight for weight in pl_module.parameters() if weight.requires_grad)
+        if not all(bool(weight.isfinite().all()) for weight in trained):
+            raise DivergedError(
+                "the training has diverged: NaN or infinity is in the weights after epoch "
+                f"{trainer.current_epoch}; lower optimizer.lr, or give trainer.gradient_clip_val=1"
+            )
 
     def _say(self, trainer: L.Trainer) -> None:
         epochs = [row["stage"] for row in self.rows].count(self.stage)

@@ -144,7 +144,11 @@ def _shortened(name: str, length: int = 44) -> str:
     Example:
         >>> _shortened("encoder.blocks.11.attention.projection.weight", length=34)
         'enco….bloc….11.atte….proj….weig…'
+        >>> _shortened("0")
+        '0'
     """
+    if len(name) <= length:
+        return name
     parts = name.split(".")
     for limit in range(max(len(part) for part in parts), 2, -1):
         cut = [part if len(part) <= limit else part[: limit - 1] + "…" for part in parts]

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ _RANGES: dict[str, tuple[int, float]] = {
     "pruning.epochs": (0, math.inf),
     "pruning.gradient_batches": (1, math.inf),
     "deploy.batches": (1, math.inf),
-    "deploy.threads": (1, math.inf),
+    "deploy.threads": (1, os.cpu_count() or 1),
     "trainer.accumulate_grad_batches": (1, math.inf),
 }
 
@@ -100,7 +101,7 @@ def check_values(config: DictConfig) -> None:
     """
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     wrong = [f"`{key}` must be set; give {key}=..." for key in OmegaConf.missing_keys(config)]
-    for key, (hint, example) in {**_TYPES, **_annotated(values)}.items():
+    for key, (hint, example) in {**_TYPES, **_annotated(config, values)}.items():
         try:
             value = _value(values, key)
         except (KeyError, TypeError):  # it was taken out; whoever wants it will tell
@@ -108,14 +109,18 @@ def check_values(config: DictConfig) -> None:
         least, most = _RANGES.get(key, (-math.inf, math.inf))
         if not _fits(value, hint):
             expected = _in_words(hint)
-            example = [value] if _fits([value], hint) else example
-        elif not all(least <= number <= most for number in _numbers(value)):
+            if _fits([value], hint) and _within([value], least, most):
+                example = [value]
+        elif not all(map(math.isfinite, _numbers(value))):
+            expected = "finite"
+        elif not _within(value, least, most):
             expected = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
         elif key in _FILES and value is not None and not Path(value).is_file():
-            expected = "a file that is there"
+            expected = "an existing file"
         else:
             continue
-        wrong.append(f"`{key}` must be {expected}, got {value!r}; give {key}={_plain(example)}")
+        got = "null" if value is None else repr(value)
+        wrong.append(f"`{key}` must be {expected}, got {got}; give {key}={_plain(example)}")
     if wrong:
         raise ValueError("\n".join(wrong))
 
@@ -130,6 +135,10 @@ def _numbers(value: Any) -> list[float]:
     return [item for item in values if isinstance(item, int | float)]
 
 
+def _within(value: Any, least: float, most: float) -> bool:
+    return all(least <= number <= most for number in _numbers(value))
+
+
 def _value(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values[part]
@@ -140,8 +149,11 @@ _NO_DEFAULT = inspect.Parameter.empty
 _EXAMPLES = {int: 1, float: 0.5, bool: True}
 
 
-def _annotated(values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the keys of nodes that build something take, as far as it is annotated."""
+def _annotated(config: DictConfig, values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the keys of nodes that build something take, as far as it is annotated.
+
+    Without those that follow another key, as `data.seed` follows `seed`, which is checked itself.
+    """
     found: dict[str, tuple[Any, Any]] = {}
     for name, node in values.items():
         if not isinstance(node, dict) or "_target_" not in node:
@@ -155,7 +167,7 @@ def _annotated(values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
             continue
         for key in node.keys() & hints.keys() & parameters.keys():
             default, hint = parameters[key].default, hints[key]
-            if node[key] != default:
+            if node[key] != default and not OmegaConf.is_interpolation(config[name], key):
                 example = _EXAMPLES.get(hint, "...")
                 found[f"{name}.{key}"] = hint, example if default is _NO_DEFAULT else default
     return dict(sorted(found.items()))
@@ -183,7 +195,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         inner = next((argument for argument in arguments if argument is not ...), Any)
         return isinstance(value, list) and all(_fits(item, inner) for item in value)
-    classes = _CLASSES.get(hint, object)  # who knows what else takes a text or a number
+    classes = _CLASSES.get(hint, object)  # who knows what else takes a string or a number
     return isinstance(value, classes) and not (isinstance(value, bool) and hint in (int, float))
 
 
@@ -220,22 +232,31 @@ _WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
     Path: "a path",
     type(None): "null",
 }
 
 
-def check_cache(folder: str) -> None:
-    """Make the folder of the dense cache, and refuse one that cannot be written to.
+def check_folder(key: str, folder: str) -> None:
+    """Make a folder, and refuse one that cannot be written to.
+
+    Args:
+        key: What sets it.
+        folder: Its path.
 
     Raises:
         ValueError: If it cannot.
     """
-    with building("dense.cache"):
+    try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
+    except OSError as error:
+        raise ValueError(
+            f"`{key}` must be a folder that can be written to, got {folder!r} "
+            f"({error.strerror}); give {key}=DIR"
+        ) from error
 
 
 # -- parts -----------------------------------------------------------------------------------------
@@ -261,7 +282,7 @@ def check_trainer(config: DictConfig) -> L.Trainer:
         A Trainer that is good for its settings.
 
     Raises:
-        ValueError: If Lightning takes it not, or would take another precision than was asked for.
+        ValueError: If Lightning refuses it, or would use another precision than was asked for.
     """
     with building("trainer"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is not supported on CPU")  # which is refused below

@@ -302,6 +302,41 @@ def test_a_run_that_ends_early_says_so_and_loses_nothing(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_training_that_diverges_ends_with_one_message(tmp_path):
+    arguments = ["optimizer.lr=1e30", "dense.epochs=0", "pruning.epochs=3", "schedule=one_shot"]
+    run = pruneflow(*arguments, "hydra.run.dir=run", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "the training has diverged" in run.stderr and "; lower optimizer.lr" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_sweep_goes_on_after_a_job_that_fails(tmp_path):
+    few = ["dense.epochs=0", "pruning.epochs=1", "schedule=one_shot", "deploy.batches=[]"]
+    sweep = ["-m", *few, "optimizer.lr=0.1,1e30,-1,0.05", "hydra.sweep.dir=sweep"]
+    run = pruneflow(*sweep, cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "failed: #1, #2; each" in run.stderr and "Traceback" not in run.stderr
+    assert "has diverged" in run.stdout and "Invalid learning rate: -1" in run.stdout
+    assert [(tmp_path / "sweep" / job / "report.md").exists() for job in "0123"] == [1, 0, 0, 1]
+
+
+def test_a_sweep_ends_when_its_first_job_is_refused(tmp_path):
+    run = pruneflow("-m", "seed=x,0", "hydra.sweep.dir=sweep", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert "`seed` must be a whole number, got 'x'" in run.stderr
+    assert not (tmp_path / "sweep" / "1").exists()
+
+
+def test_a_warning_is_a_line_in_the_output_and_in_the_log(tmp_path):
+    few = ["dense.epochs=0", "pruning.epochs=1", "schedule=one_shot", "schedule.target=0.9999"]
+    run = pruneflow(*few, "deploy.batches=[]", "hydra.run.dir=run", cwd=tmp_path)
+    [line] = [line for line in run.stdout.splitlines() if "nothing is left of" in line]
+    assert line.startswith("Warning: nothing is left of network.")
+    assert line in (tmp_path / "run" / "pruneflow.log").read_text()
+    assert "UserWarning" not in run.stdout + run.stderr
+
+
 def test_structured_torch_method(tmp_path):
     pruneflow(
         *QUICK,
@@ -428,6 +463,17 @@ def test_a_disk_that_is_full_is_called_so(tmp_path):
     assert not [*tmp_path.rglob("*partial*")]
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+@pytest.mark.parametrize("path", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, sweep, path):
+    (tmp_path / "file").write_text("")
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    run = pruneflow(*sweep, f"{key}={path}", cwd=tmp_path, check=False)
+    assert run.returncode == 1
+    assert f"`{key}` must be a folder that can be written to, got '{path}' (" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_help_and_cfg(tmp_path):
     shown = pruneflow("--help", cwd=tmp_path).stdout
     for word in ("resnet18_cifar10_short", "schedule: compounding, cubic", "pruning:"):
@@ -447,7 +493,7 @@ def test_help_and_cfg(tmp_path):
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
         (
             ["dense.weights=nowhere.pt"],
-            "`dense.weights` must be a file that is there, got 'nowhere.pt'",
+            "`dense.weights` must be an existing file, got 'nowhere.pt'",
         ),
         (["importance=ln_structured"], "`scope` is expected to be 'layer' for LnStructured"),
         (["lr_scheduler.warmup_epochs=3"], "`warmup_epochs`"),
@@ -465,18 +511,18 @@ def test_help_and_cfg(tmp_path):
             "(in `trainer`; change or leave out trainer.accelerator=warp",
         ),
         (["granularity=two_of_four", "granularity.n=9"], "(in `granularity`; change or leave out"),
-        (["checkpoint=nowhere.pt"], "`checkpoint` must be a file that is there, got 'nowhere.pt'"),
+        (["checkpoint=nowhere.pt"], "`checkpoint` must be an existing file, got 'nowhere.pt'"),
         (["trainer.devices=2"], "`trainer.devices` is expected to be 1"),
         (["pruning.optimizer_state=forget"], "`optimizer_state` is expected to be"),
         (["recipe=resnet"], "resnet18_cifar10_short"),
         (["task=deploy"], "`checkpoint` is expected to name the pruned weights"),
         (
             ["task=deploy", "checkpoint=nowhere.pt"],
-            "`checkpoint` must be a file that is there, got 'nowhere.pt'",
+            "`checkpoint` must be an existing file, got 'nowhere.pt'",
         ),
         (
             ["task=deploy", "checkpoint=no.packed"],
-            "`checkpoint` must be a file that is there, got 'no.packed'",
+            "`checkpoint` must be an existing file, got 'no.packed'",
         ),
         (["task=compare"], "`task` must be 'prune' or 'deploy', got 'compare'"),
         (["schedule=cubik"], "one_shot"),

@@ -1,5 +1,6 @@
 """What cannot run is refused before anything runs, with one message that names the key."""
 
+import os
 import re
 
 import pytest
@@ -92,10 +93,15 @@ def with_parts(config, **parts):
         ("deploy.batches=[1,many]", "`deploy.batches` must be a list of whole numbers"),
         (
             "deploy.threads=0",
-            "`deploy.threads` must be at least 1, got 0; give deploy.threads=null",
+            f"`deploy.threads` must be at least 1 and at most {os.cpu_count()}, got 0",
         ),
+        (
+            "deploy.threads=100000",
+            f"at most {os.cpu_count()}, got 100000; give deploy.threads=null",
+        ),
+        ("deploy.batches=-1", "got -1; give deploy.batches=[1,16,128]"),
         ("deploy.threads=all", "`deploy.threads` must be a whole number or null, got 'all'"),
-        ("seed=null", "`seed` must be a whole number, got None; give seed=0"),
+        ("seed=null", "`seed` must be a whole number, got null; give seed=0"),
         ("seed=-1", "`seed` must be at least 0 and at most 4294967295, got -1"),
         ("seed=1.5", "`seed` must be a whole number, got 1.5"),
         ("seed=true", "`seed` must be a whole number, got True"),
@@ -103,20 +109,20 @@ def with_parts(config, **parts):
         ("task=compare", "`task` must be 'prune' or 'deploy', got 'compare'"),
         ("dense.epochs=-1", "`dense.epochs` must be at least 0, got -1; give dense.epochs=10"),
         ("dense.epochs=1.5", "`dense.epochs` must be a whole number, got 1.5"),
-        ("dense.weights=3", "`dense.weights` must be a text or null, got 3"),
+        ("dense.weights=3", "`dense.weights` must be a string or null, got 3"),
         (
             "dense.weights=nowhere.pt",
-            "`dense.weights` must be a file that is there, got 'nowhere.pt'",
+            "`dense.weights` must be an existing file, got 'nowhere.pt'",
         ),
         ("pruning.epochs=two", "`pruning.epochs` must be a whole number, got 'two'"),
-        ("pruning.exclude=null", "`pruning.exclude` must be a list of texts, got None"),
+        ("pruning.exclude=null", "`pruning.exclude` must be a list of strings, got null"),
         ("pruning.exclude=fc", '; give pruning.exclude=["fc"]'),
         ("pruning.gradient_batches=0", "`pruning.gradient_batches` must be at least 1, got 0"),
         (
             "data.batch_size=large",
             "`data.batch_size` must be a whole number, got 'large'; give data.batch_size=128",
         ),
-        ("data.batch_size=null", "`data.batch_size` must be a whole number, got None"),
+        ("data.batch_size=null", "`data.batch_size` must be a whole number, got null"),
         ("data.flip=maybe", "`data.flip` must be true or false, got 'maybe'; give data.flip=false"),
         (
             "data.mean=0.5",
@@ -127,6 +133,8 @@ def with_parts(config, **parts):
             "`data.val_size` must be a number, got 'some'; give data.val_size=0.1",
         ),
         ("optimizer.lr=abc", "`optimizer.lr` must be a number, got 'abc'; give optimizer.lr=0.001"),
+        ("optimizer.lr=nan", "`optimizer.lr` must be finite, got nan; give optimizer.lr=0.001"),
+        ("optimizer.lr=inf", "`optimizer.lr` must be finite, got inf"),
         ("optimizer.momentum=[1]", "`optimizer.momentum` must be a number, got [1]"),
         (
             "model.width=wide",
@@ -146,6 +154,12 @@ def with_parts(config, **parts):
 def test_values_of_the_wrong_type_or_range_are_refused(composed, override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check_values(composed(*override.split()))
+
+
+def test_a_key_that_follows_another_is_not_named_besides(composed):
+    with pytest.raises(ValueError, match="`seed` must be") as caught:
+        check_values(composed("seed=null"))
+    assert "data.seed" not in str(caught.value)
 
 
 def test_a_key_that_was_taken_out_is_left_to_whoever_reads_it(composed):

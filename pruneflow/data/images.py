@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,23 @@ def pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarr
     return np.array(image).reshape(size[1], size[0], channels).transpose(2, 0, 1).copy()
 
 
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Open a picture, and name it if it cannot be read.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    try:
+        with Image.open(path) as file:
+            yield file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"`root` must hold pictures that can be read, got {path} ({error}); replace or delete "
+            "it"
+        ) from error
+
+
 class ImageFiles:
     """Image files that answer as a uint8 tensor of shape (N, 3, H, W) would.
 
@@ -64,7 +82,7 @@ class ImageFiles:
 
         def decode(rows: Iterable[int]) -> None:
             for row in rows:
-                with Image.open(paths[row]) as file:
+                with _opened(paths[row]) as file:
                     decoded[row] = pixels(file, 3, self._size)
 
         threads = torch.get_num_threads()
@@ -84,7 +102,7 @@ def common_size(paths: Sequence[str]) -> tuple[int, int]:
     """
 
     def read(path: str) -> tuple[int, int]:
-        with Image.open(path) as file:
+        with _opened(path) as file:
             return file.size
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

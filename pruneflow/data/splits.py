@@ -29,8 +29,8 @@ def stratified_split(labels: Tensor, size: float, seed: int) -> tuple[Tensor, Te
     count = round(size * total) if isinstance(size, float) else size
     if not 0 < count < total:
         raise ValueError(
-            f"`val_size` is expected to hold out a fraction in (0, 1) or between 1 and {total - 1} "
-            f"of the {total} images, but {size!r} came; 0.1 is usual"
+            f"`val_size` is expected to hold out between 1 and {total - 1} of the {total} images, "
+            f"as a number or a fraction, but {size!r} came, which is {count}; 0.1 is usual"
         )
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]

@@ -1,6 +1,7 @@
 import hashlib
 import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -242,6 +243,14 @@ def test_the_first_image_of_another_size_is_named(tree, memory_limit):
     Image.new("RGB", (7, 7)).save(tree / "train" / "dog" / "3.png")
     with pytest.raises(ValueError, match=r"`image_size` is expected.*dog.3\.png is 7x7"):
         ready(ImageFolder(tree, memory_limit=memory_limit))
+
+
+@pytest.mark.parametrize("kept", [9, 200])  # of the header, which tells the size, and of the pixels
+def test_a_damaged_image_is_named(tree, kept):
+    path = min(tree.rglob("train/*/*"))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} \(.*replace or delete it"):
+        ready(ImageFolder(tree))
 
 
 @pytest.mark.parametrize(
