@@ -502,7 +502,7 @@ class Pruner:
         if empty:
             warnings.warn(
                 f"nothing is left of {', '.join(empty)}: what passes through them alone no longer "
-                "depends on the input; ask for less, `exclude` them, or use scope='layer'. Tensors "
-                "that start at zero are the first to go: train them before they are pruned",
+                "depends on the input; ask for less, use scope='layer', or `exclude` them; if they "
+                "started at zero, train them before they are pruned",
                 stacklevel=4,
             )
