@@ -181,11 +181,17 @@ def _parts(model: nn.Module) -> Iterator[Any]:
             inner = value.values()
         elif isinstance(value, list | tuple | set | deque):
             inner = value
-        elif of_model and not isinstance(value, Tensor | type | ModuleType):
-            inner, of_model = [vars(value)] if hasattr(value, "__dict__") else (), False
+        elif of_model and _has_attributes(value):
+            inner, of_model = [vars(value)], False
         if isinstance(value, nn.Module | Tensor | dict | list | set | deque):
             yield value
         pending.extend((each, of_model) for each in inner)
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether it is an object of somebody's own; PyTorch's, as of FSDP, look after themselves."""
+    own = type(value).__module__.partition(".")[0] != "torch"
+    return own and not isinstance(value, Tensor | type | ModuleType) and hasattr(value, "__dict__")
 
 
 def _is_plain(tensor: Tensor) -> bool:

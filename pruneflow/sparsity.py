@@ -221,6 +221,9 @@ def multiply_adds_by_weight(
     fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model, example_input), FlopCounterMode(display=False) as counter:
         torch.backends.mha.set_fastpath_enabled(False)  # which is not counted
+        for parameter in model.parameters():
+            if type(parameter) is nn.Parameter:  # the counter fails on views of what is trained
+                parameter.requires_grad_(False)
         try:
             with _Attributing(model, counter) as attributing:
                 call(model, example_input)

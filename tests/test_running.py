@@ -290,3 +290,25 @@ def test_models_that_keep_activations_are_copied(run):
     if run is shrink:  # hooks are no matter for the sparse runtime
         nn.utils.weight_norm(model[2])
         torch.testing.assert_close(run(model, example)(example), model(example))
+
+
+def test_what_pytorch_hangs_on_a_model_looks_after_itself():
+    model = nn.Linear(4, 2)
+    model.state = type("FSDPState", (), {"__module__": "torch.distributed.fsdp", "ready": False})()
+    model.register_forward_hook(lambda module, *_: setattr(module.state, "ready", True))
+    sparsity_report(model, EXAMPLE)
+    assert model.state.ready
+
+
+def test_views_of_parameters_may_be_given_to_layers():
+    class ClassToken(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.token, self.norm = nn.Parameter(torch.zeros(1, 4)), nn.LayerNorm(4)
+
+        def forward(self, x):
+            return super().forward(x + self.norm(self.token.expand(len(x), -1)))
+
+    model = ClassToken()
+    assert multiply_adds(model, EXAMPLE) == {"weight": 2.0}
+    assert all(parameter.requires_grad for parameter in model.parameters())

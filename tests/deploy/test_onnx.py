@@ -195,5 +195,5 @@ def test_a_tensor_that_forward_moves_is_refused(tmp_path):
             self.weight.data = nn.functional.normalize(self.weight.data)
             return super().forward(x)
 
-    with pytest.raises(ValueError, match=r"`model` must leave its tensors.*0\.weight"):
+    with pytest.raises(ValueError, match=r"`model` must leave its tensors where.*0\.weight"):
         export_onnx(nn.Sequential(Normalised(4, 2)), torch.zeros(2, 4), tmp_path / "a.onnx")

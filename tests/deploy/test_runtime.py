@@ -456,6 +456,13 @@ def test_a_default_device_or_type_changes_nothing():
     torch.testing.assert_close(out, expected)
 
 
+def test_a_pipe_in_the_cache_is_not_waited_for(tmp_path):
+    tmp_path.chmod(0o700)
+    os.mkfifo(tmp_path / "kernels-key-0.so", 0o600)
+    with pytest.raises(FileNotFoundError):
+        toolchain._kept(tmp_path, "key")
+
+
 def test_compiling_draws_no_random_numbers():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     state = torch.get_rng_state()

@@ -116,7 +116,7 @@ def _digest(content: bytes) -> str:
 def _kept(folder: Path, key: str) -> Path:
     """The library in the cache; its name ends in the digest of what it holds."""
     _refuse_open_to_others(folder)
-    for path in folder.glob(f"kernels-{key}-*.so"):
+    for path in filter(Path.is_file, folder.glob(f"kernels-{key}-*.so")):  # no pipe
         with suppress(OSError):
             _refuse_open_to_others(path)
             if path.stem.endswith(_digest(path.read_bytes())):
