@@ -480,29 +480,23 @@ class Pruner:
 
     def _prune(self, compute: Callable[[], MaskSet]) -> MaskSet:
         masks = decide(compute, self._parameters.values())
-        # One at a time: a round holds the old masks and the new ones, and no more.
-        old = sum(MaskSet({name: mask != 0}).pruned for name, mask in self.masking.held.items())
-        changed = masks.pruned != old
-        self._warn_of_nothing_left(masks)
-        masks = self.hold(masks)
-        if changed:
-            pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
-            settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
-        return masks
-
-    def _warn_of_nothing_left(self, masks: MaskSet) -> None:
-        held = self.masking.held
-        empty = [
-            name
-            for name in self._names
-            if masks[name].numel()
-            and not whole(masks[name].any())
-            and (name not in held or whole((held[name] != 0).any()))
-        ]
+        sizes = {name: mask.numel() for name, mask in masks.items()}
+        before, left = sizes | _kept(self.masking.held), _kept(masks)
+        empty = [name for name in self._names if before[name] and not left[name]]
         if empty:
             warnings.warn(
                 f"nothing is left of {', '.join(empty)}: what passes through them alone no longer "
                 "depends on the input; ask for less, use scope='layer', or `exclude` them; if they "
                 "started at zero, train them before they are pruned",
-                stacklevel=4,
+                stacklevel=3,
             )
+        masks = self.hold(masks)
+        if sum(left.values()) != sum(before.values()):
+            pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
+            settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
+        return masks
+
+
+def _kept(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Per tensor how many weights stay; one at a time, as a round holds two masks of each."""
+    return {name: int(whole((mask != 0).sum())) for name, mask in masks.items()}
