@@ -67,7 +67,9 @@ class Entry:
             ValueError: Says what is wrong.
         """
         name = self.name
-        expect(isinstance(name, str), f"the name {name!r} is no text")
+        # JSON can hold halves of characters, which nothing could write down again.
+        text = isinstance(name, str) and name == name.encode(errors="ignore").decode()
+        expect(text, f"the name {name!r} is no text")
         shaped = _are_counts(self.shape) and len(self.shape) <= _MOST_DIMENSIONS
         expect(shaped, f"the shape of {name!r} is no list of sizes")
         counts = _are_counts([self.kept, self.start, self.crc32])

@@ -442,6 +442,7 @@ class TestDamage:
             (lambda index: [*index[:2], index[2] | {"shape": [50, 40]}], "tied to 'weight'"),
             (lambda index: [index[0] | {"name": 5}], "the name 5 is no text"),
             (lambda index: [index[0] | {"name": None}], "the name None is no text"),
+            (lambda index: [index[0] | {"name": "a\ud800"}], r"the name 'a\ud800' is no text"),
             (lambda index: [index[0] | {"shape": [True, 2]}], "the shape of 'weight' is no list"),
             (lambda index: [index[0] | {"shape": [1] * 65}], "the shape of 'weight' is no list"),
             (lambda index: [index[0] | {"kept": 2.0}], "what is counted of 'weight'"),
