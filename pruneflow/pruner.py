@@ -366,12 +366,6 @@ class Pruner:
         """
         self._refresh()
         masks.check(self._parameters)
-        missing = [name for name in self._parameters if name not in masks]
-        if missing:
-            raise ValueError(
-                f"masks are expected for every tensor to prune, but {', '.join(missing)} has none; "
-                "`include` and `exclude` have to select the same tensors as when they were made"
-            )
         for name, mask in masks.items():
             for other in held_elsewhere(self._parameters[name], self.masking):
                 if whole((place(mask, other) & (other == 0)).any()):
@@ -379,6 +373,17 @@ class Pruner:
                         "`masks` must keep no weight that another Pruner holds at zero, got a mask "
                         f"of {name} that does; call `remove()` on that Pruner first"
                     )
+        return self._hold(masks)
+
+    def _hold(self, masks: MaskSet) -> MaskSet:
+        masks.check(self._parameters)
+        missing = [name for name in self._parameters if name not in masks]
+        if missing:
+            raise ValueError(
+                f"masks are expected for every tensor to prune, but {', '.join(missing)} has none; "
+                "`include` and `exclude` have to select the same tensors as when they were made"
+            )
+        reshard(self.model)
         masks = MaskSet({name: place(mask, self._parameters[name]) for name, mask in masks.items()})
         if self._attached:
             self.masking.update(masks)
@@ -490,7 +495,7 @@ class Pruner:
                 "started at zero, train them before they are pruned",
                 stacklevel=3,
             )
-        masks = self.hold(masks)
+        masks = self._hold(masks)
         if sum(left.values()) != sum(before.values()):
             pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
             settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
@@ -499,4 +504,5 @@ class Pruner:
 
 def _kept(masks: Mapping[str, Tensor]) -> dict[str, int]:
     """Per tensor how many weights stay; one at a time, as a round holds two masks of each."""
-    return {name: int(whole((mask != 0).sum())) for name, mask in masks.items()}
+    bools = ((name, m if m.dtype == torch.bool else m != 0) for name, m in masks.items())
+    return {name: int(whole(mask.sum())) for name, mask in bools}
