@@ -26,7 +26,7 @@ from pruneflow.data import ImageFolder
 from pruneflow.deploy.building import Run
 from pruneflow.deploy.forms import markdown, measure_forms
 from pruneflow.models.networks import load_weights
-from pruneflow.provenance import machine
+from pruneflow.run.provenance import machine
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- begin: benchmarks/deploy.py --write -->", "<!-- end: benchmarks/deploy.py -->"

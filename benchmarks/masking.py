@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pruneflow import Compounding, InPlace, Pruner, PruningCallback, Reparametrize
-from pruneflow.masking import Masking
+from pruneflow.pruning.masking import Masking
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- begin: benchmarks/masking.py --write -->", "<!-- end -->"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pruneflow.threshold import Elementwise, find_threshold, keep_masks
+from pruneflow.pruning.threshold import Elementwise, find_threshold, keep_masks
 
 COPY = "copy into touched memory"
 GLOBAL = "prune.global_unstructured"

@@ -2,35 +2,38 @@
 
 from typing import TYPE_CHECKING
 
-from pruneflow.channels.coupling import remove_channels
-from pruneflow.costs import latency, multiply_adds
-from pruneflow.granularity import NM, Block, Channels
-from pruneflow.importance import Context, Given, Random, magnitude, taylor
-from pruneflow.importers import fold, fold_model
-from pruneflow.layer_types import register_layer
-from pruneflow.masking import InPlace, Reparametrize
-from pruneflow.masks import MaskSet, compute_masks
-from pruneflow.plan import Clock, Plan
-from pruneflow.pruner import Pruner
-from pruneflow.schedules import Compounding, Cubic, Explicit, Linear, OneShot
-from pruneflow.sparsity import SparsityReport, sparsity, sparsity_report
+from pruneflow.pruning.granularity.blocks import Block
+from pruneflow.pruning.granularity.channels import Channels
+from pruneflow.pruning.granularity.nm import NM
+from pruneflow.pruning.importance import Context, Given, Random, magnitude, taylor
+from pruneflow.pruning.masking import InPlace, Reparametrize
+from pruneflow.pruning.masks import MaskSet
+from pruneflow.pruning.plan import Clock, Plan
+from pruneflow.pruning.pruner import Pruner
+from pruneflow.pruning.schedules import Compounding, Cubic, Explicit, Linear, OneShot
+from pruneflow.pruning.selection import compute_masks
+from pruneflow.structure.channels.removal import remove_channels
+from pruneflow.structure.costs import latency, multiply_adds
+from pruneflow.structure.folding import fold, fold_model
+from pruneflow.structure.layer_types import register_layer
+from pruneflow.structure.sparsity import SparsityReport, sparsity, sparsity_report
 
 if TYPE_CHECKING:
-    from pruneflow.callback import PruningCallback
-    from pruneflow.checkpoint import SparsityCheckpoint
-    from pruneflow.checkpoint_io import AtomicCheckpointIO
-    from pruneflow.classifying import load_classifier
-    from pruneflow.gradients import Gradients
+    from pruneflow.deploy.classifying import load_classifier
+    from pruneflow.training.calibration import Gradients
+    from pruneflow.training.callback import PruningCallback
+    from pruneflow.training.checkpoint import SparsityCheckpoint
+    from pruneflow.training.checkpoint_io import AtomicCheckpointIO
 else:
     from importlib import import_module as _import_module
 
     # Lightning takes seconds to import: what needs it is looked up when it is first asked for.
     _IN_LIGHTNING = {
-        "AtomicCheckpointIO": "checkpoint_io",
-        "Gradients": "gradients",
-        "PruningCallback": "callback",
-        "SparsityCheckpoint": "checkpoint",
-        "load_classifier": "classifying",
+        "AtomicCheckpointIO": "training.checkpoint_io",
+        "Gradients": "training.calibration",
+        "PruningCallback": "training.callback",
+        "SparsityCheckpoint": "training.checkpoint",
+        "load_classifier": "deploy.classifying",
     }
 
     def __getattr__(name):

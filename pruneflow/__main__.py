@@ -1,6 +1,6 @@
 """`python -m pruneflow`."""
 
-from pruneflow.cli import main
+from pruneflow.run.cli import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 _SERVER = """
 import gc, json, os, runpy, sys
-import pruneflow.cli
+import pruneflow.run.cli
 
 gc.freeze()  # what is imported is not collected anew in each process
 for line in sys.stdin:

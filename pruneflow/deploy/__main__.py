@@ -13,12 +13,7 @@ from torch import Tensor
 
 from pruneflow.deploy.packed import inspect_packed, load_packed, save_packed
 from pruneflow.files import write_whole
-from pruneflow.state_dicts import (
-    described,
-    load_safetensors,
-    save_safetensors,
-    with_description,
-)
+from pruneflow.state_dicts import described, load_safetensors, save_safetensors, with_description
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from pruneflow.deploy.packed import load_packed, save_packed
 from pruneflow.deploy.runtime import sparse_compile
 from pruneflow.deploy.shrink import shrink
 from pruneflow.files import write_whole
-from pruneflow.sparsity import multiply_adds_by_weight
+from pruneflow.structure.sparsity import multiply_adds_by_weight
 
 Run = Callable[[Tensor], Tensor]
 

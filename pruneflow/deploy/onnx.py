@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from pruneflow.deploy.extras import require
 from pruneflow.files import write_whole
-from pruneflow.running import Example, arguments, call, evaluating, tensors_in
+from pruneflow.structure.running import Example, arguments, call, evaluating, tensors_in
 
 _TOLERANCE = 1e-4  # of the norm of the outputs
 # Beyond it weights go into a second file, and the first alone would be neither whole nor movable.

@@ -102,7 +102,7 @@ def save_packed(
     """Write a `state_dict` with its pruned weights left out, whole or not at all.
 
     A zero with a sign is kept, or it could not be given back. What `torch.nn.utils.prune` leaves
-    behind is full of them; `pruneflow.importers.fold` makes them plain zeros.
+    behind is full of them; `pruneflow.fold` makes them plain zeros.
 
     Args:
         state_dict: Name -> tensor, on any device; tied tensors are written once.

@@ -7,12 +7,11 @@ import operator
 import torch
 from torch import fx, nn
 
-from pruneflow.channels.analysis import analyse, check_same, outputs, owned, plain
-from pruneflow.channels.flow import Flow
-from pruneflow.channels.layers import Weighted
-from pruneflow.channels.operations import SUMS, makes_a_new_tensor
-from pruneflow.channels.rules import Carried, Rule
-from pruneflow.channels.tracing import (
+from pruneflow.structure.channels.analysis import analyse, check_same, outputs, owned, plain
+from pruneflow.structure.channels.flow import Flow
+from pruneflow.structure.channels.operations import SUMS, makes_a_new_tensor
+from pruneflow.structure.channels.rules import Carried, Rule
+from pruneflow.structure.channels.tracing import (
     Storage,
     given_tensors,
     is_in_place,
@@ -21,7 +20,8 @@ from pruneflow.channels.tracing import (
     tensor_inputs,
     trace,
 )
-from pruneflow.running import Example, copied, device_of, evaluating
+from pruneflow.structure.channels.weighted import Weighted
+from pruneflow.structure.running import Example, copied, device_of, evaluating
 
 
 def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> nn.Module:

@@ -43,7 +43,7 @@ def test_packing_from_the_command_line_does_not_import_lightning(tmp_path):
 
 def test_who_has_no_shards_does_not_wait_for_what_shards_are_made_of():
     code = (
-        "import sys, pruneflow.deploy, pruneflow.processes; "
+        "import sys, pruneflow.deploy, pruneflow.distributed; "
         "print(sorted({'torch.distributed.fsdp', 'torch.distributed.tensor'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

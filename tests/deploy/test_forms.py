@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pruneflow.delivery import deliver
 from pruneflow.deploy import building, forms
 from pruneflow.deploy.forms import markdown, measure_forms, table
+from pruneflow.run.deploy_task import deliver
 
 NAMES = [
     "dense",

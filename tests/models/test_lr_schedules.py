@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 from pruneflow.models import constant, cosine, multistep, one_cycle
-from pruneflow.rewinding import LearningRateSnapshot
+from pruneflow.training.rewinding import LearningRateSnapshot
 
 ALL = [
     constant,

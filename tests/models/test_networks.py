@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pruneflow.models import load_weights, small_cnn, torchvision_model
-from pruneflow.run_folder import load_cached, save_cached, save_network
+from pruneflow.run.folder import load_cached, save_cached, save_network
 from pruneflow.state_dicts import load_safetensors
 
 

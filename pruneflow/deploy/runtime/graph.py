@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from pruneflow.channels.tracing import of_parameters, trace
 from pruneflow.deploy.runtime.known import (
     CLAMPS,
     DIFFERENCES,
@@ -36,7 +35,8 @@ from pruneflow.deploy.runtime.layers import (
     adaptive_windows,
     fuse,
 )
-from pruneflow.running import clone, evaluating
+from pruneflow.structure.channels.tracing import of_parameters, trace
+from pruneflow.structure.running import clone, evaluating
 
 
 def capture(model: nn.Module, example_input: Tensor) -> Network:

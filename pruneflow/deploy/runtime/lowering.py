@@ -29,14 +29,7 @@ from pruneflow.deploy.runtime.plans import (
     Machine,
     Plan,
 )
-from pruneflow.deploy.runtime.tiles import (
-    bases,
-    best_shape,
-    cut,
-    cut_rectangle,
-    identity,
-    runs,
-)
+from pruneflow.deploy.runtime.tiles import bases, best_shape, cut, cut_rectangle, identity, runs
 
 
 def lower(

@@ -22,7 +22,7 @@ from pruneflow.deploy.runtime.layers import Network
 from pruneflow.deploy.runtime.lowering import activations, lower
 from pruneflow.deploy.runtime.plans import Call, Machine, Plan
 from pruneflow.deploy.runtime.tuning import Choices, aligned, choose, race
-from pruneflow.running import copied
+from pruneflow.structure.running import copied
 
 _TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
 _MOST_ACTIVATIONS = 2**23  # floats for a thread, beyond which several samples at once do not pay

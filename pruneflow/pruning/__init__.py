@@ -1,0 +1,1 @@
+"""One round, with PyTorch alone: from scores to masks that are held."""

@@ -1,0 +1,135 @@
+"""What optimizers hold of pruned weights, and what they remember of them after a prune."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+OptimizerState = Literal["keep", "zero_pruned", "reset"]
+_WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "optim")  # where wrappers keep theirs
+
+
+def check_optimizer_state(policy: str) -> None:
+    """Refuse an unknown policy.
+
+    Raises:
+        ValueError: Naming `optimizer_state`.
+    """
+    if policy not in get_args(OptimizerState):
+        raise ValueError(
+            "`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
+            f"{policy!r} came"
+        )
+
+
+def plain_optimizers(optimizers: Sequence[Any]) -> list[Optimizer]:
+    """The optimizers of PyTorch inside of wrappers such as those of Accelerate and Lightning.
+
+    Raises:
+        TypeError: If one neither is nor wraps an optimizer of PyTorch, whose steps can be followed.
+    """
+    if not isinstance(optimizers, Sequence):
+        raise TypeError(
+            f"`optimizers` is expected to be a list of optimizers, but {optimizers!r} came"
+        )
+    return [_plain(optimizer) for optimizer in optimizers]
+
+
+def _plain(optimizer: Any) -> Optimizer:
+    inner, seen = optimizer, [optimizer]
+    while not hasattr(inner, "_optimizer_step_post_hooks"):  # made by Optimizer.__init__
+        within = (getattr(inner, name, None) for name in _WRAPPED)
+        inner = next((w for w in within if not any(w is s for s in (None, *seen))), None)
+        seen.append(inner)
+        if inner is None:
+            raise TypeError(
+                "`optimizers` is expected to be a list of PyTorch's optimizers, or of wrappers "
+                f"around them, but {optimizer!r} came, whose steps cannot be followed; give the "
+                "optimizer that it wraps"
+            )
+    found: Optimizer = inner
+    return found
+
+
+@torch.no_grad()
+def settle_optimizer_state(
+    policy: OptimizerState, optimizers: Sequence[Optimizer], masks: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Settle, after a prune, what optimizers remember: momentum, moments, steps.
+
+    `"zero_pruned"` zeroes it where a weight is pruned: what has no gradient any more should have no
+    momentum either, and what survives goes on undisturbed. `"reset"` forgets all of it, as if
+    training began here, and `"keep"` leaves it alone. LBFGS keeps one vector for all parameters,
+    hence is reset unless kept.
+
+    Args:
+        policy: `"keep"`, `"zero_pruned"` or `"reset"`.
+        optimizers: The optimizers.
+        masks: Pairs (parameter, bool mask of its shape, True = keep).
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> weight.sum().backward(); optimizer.step()
+        >>> mask = torch.tensor([True, False])
+        >>> settle_optimizer_state("zero_pruned", [optimizer], [(weight, mask)])
+        >>> optimizer.state[weight]["momentum_buffer"]
+        tensor([1., 0.])
+    """
+    if policy == "keep":
+        return
+    for optimizer in optimizers:
+        if policy == "reset" or isinstance(optimizer, LBFGS):
+            optimizer.state.clear()
+        for parameter, mask in masks:
+            # `in` first: the state is a defaultdict, and asking for an entry would make one.
+            if parameter in optimizer.state:
+                for value in optimizer.state[parameter].values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        value.masked_fill_(~mask, 0)
+
+
+def check_held(
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    leaving_out: Callable[[Sequence[str]], Sequence[str]],
+) -> None:
+    """Refuse optimizers that do not train every one of these tensors that is trainable.
+
+    Args:
+        parameters: The tensors.
+        optimizers: The optimizers.
+        leaving_out: From the names of some to those that have to be excluded to leave them out,
+            which are others where they lose entries along with these.
+
+    Raises:
+        ValueError: Naming the tensors, or the optimizer that updates a share of them alone.
+    """
+    for optimizer in optimizers:
+        # By name: torch has it only where torch.distributed was built.
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise ValueError(
+                "`optimizers` are expected to update every tensor to prune in each process, but "
+                "ZeroRedundancyOptimizer updates a share of them; use the plain optimizer, or "
+                "shard the parameters with `fully_shard`"
+            )
+    held = {
+        id(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
+    if missing:
+        exclude = leaving_out(missing)
+        along = f"{', '.join(exclude)}, as channels go with all that holds or reads them"
+        them = "them" if exclude == missing else along
+        raise ValueError(
+            f"`optimizers` are expected to hold every tensor to prune, but none holds "
+            f"{', '.join(missing)}; add them to an optimizer, freeze them (`requires_grad=False`), "
+            f"or `exclude` {them}"
+        )

@@ -1,0 +1,1 @@
+"""`python -m pruneflow`; Hydra is used here only."""

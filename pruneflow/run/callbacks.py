@@ -1,0 +1,260 @@
+"""What happened in each epoch and round, kept in metrics.csv while training runs."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import random
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from pruneflow.files import write_whole
+from pruneflow.training.callback import PruningCallback
+
+_log = logging.getLogger(__name__)
+_log_file = logging.getLogger(f"{__name__}.file")  # which conf/config.yaml shows to no terminal
+
+Row = dict[str, float | str | None]
+
+COLUMNS = (
+    "stage",
+    "epoch",
+    "round",
+    "sparsity",
+    "lr",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+)
+
+
+class DivergedError(ValueError):
+    """Training has left weights that are NaN or infinite."""
+
+
+class History(L.Callback):
+    """Write one row an epoch to a CSV file, whole each time, and log it as a line.
+
+    Checkpoints hold the rows, so training that resumes cuts the file back to where it resumes.
+
+    Args:
+        path: The file.
+        stage: `"dense"` or `"rounds"`, for the rows to come.
+        rows: Rows of earlier stages, which stay.
+        epochs: Of the whole run, to tell how long it will take.
+
+    Attributes:
+        seconds: Wall time of the stage's epochs, without those that a kill broke off.
+        step: Optimizer steps since the whole run began, by which loggers go.
+    """
+
+    def __init__(self, path: Path, stage: str, rows: list[Row], epochs: int) -> None:
+        self.path = path
+        self.stage = stage
+        self.rows = rows
+        self.epochs = epochs
+        self.seconds = 0.0
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows, wall time and steps so far."""
+        return {"rows": self.rows, "seconds": self.seconds, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
+        self.step = state_dict["step"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the rows so far, also where a checkpoint leaves nothing to train."""
+        self._began = time.perf_counter() - self.seconds
+        self._write()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let loggers go on counting steps where the stage before ended, as epochs do."""
+        batches = trainer.num_training_batches
+        if batches != math.inf:
+            steps = math.ceil(batches / trainer.accumulate_grad_batches)
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.current_epoch * steps
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the learning rate that the epoch begins with."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the row of this epoch.
+
+        Raises:
+            DivergedError: If weights are no longer finite, so that more epochs are of no use.
+        """
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        fixed: Row = {
+            "stage": self.stage,
+            "epoch": trainer.current_epoch,
+            "round": int(measured.get("round", 0)),
+            "sparsity": measured.get("sparsity", 0.0),
+            "lr": self._lr,
+        }
+        self.rows.append({name: fixed.get(name, measured.get(name)) for name in COLUMNS})
+        self.seconds = time.perf_counter() - self._began
+        self.step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._write()
+        self._say(trainer)
+        trained = (weight for weight in pl_module.parameters() if weight.requires_grad)
+        if not all(bool(weight.isfinite().all()) for weight in trained):
+            raise DivergedError(
+                "the training has diverged: NaN or infinity is in the weights after epoch "
+                f"{trainer.current_epoch}; lower optimizer.lr, or give trainer.gradient_clip_val=1"
+            )
+
+    def _say(self, trainer: L.Trainer) -> None:
+        epochs = [row["stage"] for row in self.rows].count(self.stage)
+        left = self.seconds / epochs * (self.epochs - trainer.current_epoch - 1)
+        line = epoch_line(self.rows[-1], self.epochs, left)
+        bar = trainer.progress_bar_callback
+        if bar is None:
+            _log.info(line)
+        else:  # a line of its own on the terminal, above the bar
+            _log_file.info(line)
+            bar.print(line)
+
+    def _write(self) -> None:
+        with write_whole(self.path) as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
+    r"""An epoch in words.
+
+    Args:
+        row: What happened in it.
+        epochs: Of the whole run.
+        left: Seconds that the rest of them will take.
+
+    Example:
+        >>> row = dict(zip(COLUMNS, ("rounds", 4, 2, 0.75, 0.1, 0.5, 0.88, 0.6, 0.8125)))
+        >>> print(epoch_line(row, 20, 754.2).replace(", val", ",\nval"))
+        Epoch 4 (5 of 20), round 2, 75.00 % sparse, train loss 0.5000, train accuracy 88.00 %,
+        val loss 0.6000,
+        val accuracy 81.25 %; 0:12:34 left
+    """
+    measured = [
+        f"{name.replace('_', ' ')} "
+        + (f"{100 * row[name]:.2f} %" if name.endswith("accuracy") else f"{row[name]:.4f}")
+        for name in COLUMNS[5:]
+        if row[name] is not None
+    ]
+    return (
+        f"Epoch {row['epoch']} ({row['epoch'] + 1} of {epochs}), round {row['round']}, "
+        f"{100 * row['sparsity']:.2f} % sparse, {', '.join(measured)}; "
+        f"{timedelta(seconds=round(left))} left"
+    )
+
+
+class RoundWatch(L.Callback):
+    """Measure validation accuracy right after each prune, before any fine-tuning.
+
+    Stands after the `PruningCallback` in the list of callbacks.
+
+    Args:
+        pruning: The callback to watch.
+    """
+
+    def __init__(self, pruning: PruningCallback) -> None:
+        self.pruning = pruning
+        self.rounds: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far."""
+        return {"rounds": self.rounds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rounds = state_dict["rounds"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure if a round has just pruned."""
+        done = len(self.rounds)
+        if self.pruning.round > done:
+            assert self.pruning.pruner is not None  # training is on
+            masks = self.pruning.pruner.weight_masks
+            self.rounds.append(
+                {
+                    "round": self.pruning.round,
+                    "epoch": trainer.current_epoch,
+                    "sparsity": masks.sparsity,
+                    "kept": masks.weights - masks.pruned,
+                    "pruned_accuracy": _accuracy(trainer, pl_module),
+                }
+            )
+
+
+class ReseedEachEpoch(L.Callback):
+    """Make all random numbers of an epoch a function of (seed, epoch, rank).
+
+    Dropout then does not depend on where training began, so neither a cached dense phase nor a
+    resumed run changes anything.
+
+    Args:
+        seed: The experiment's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Seed Python, NumPy and PyTorch."""
+        key = (self.seed, trainer.current_epoch, trainer.global_rank)
+        state = int(np.random.SeedSequence(key).generate_state(1)[0])
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+
+
+class SaveEachEpoch(L.Callback):
+    """Save a checkpoint at the end of each epoch, to resume from.
+
+    Stands last in the list of callbacks, so that it holds what the others have noted.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save."""
+        trainer.save_checkpoint(self.path)
+
+
+@torch.no_grad()
+def _accuracy(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+    # `trainer.validate` cannot run inside `fit`, hence a loop of our own.
+    loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    limit = trainer.limit_val_batches
+    batches = len(loader)
+    if limit is not None:
+        batches = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
+    pl_module.eval()
+    correct = total = 0
+    for _, batch in zip(range(batches), loader, strict=False):
+        images, labels = trainer.precision_plugin.convert_input(
+            trainer.strategy.batch_to_device(batch)
+        )
+        with trainer.precision_plugin.forward_context():
+            predicted = pl_module(images).argmax(1)
+        correct += int((predicted == labels).sum())
+        total += len(labels)
+    pl_module.train()
+    return correct / max(total, 1)

@@ -1,0 +1,459 @@
+"""The CLI's pipeline: dense -> rounds -> remove -> test -> deliver -> report."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from filelock import FileLock
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from pruneflow.deploy import Form
+from pruneflow.deploy.classifying import describe, metadata
+from pruneflow.files import write_whole
+from pruneflow.models import Classifier, load_weights
+from pruneflow.pruning.granularity.channels import Channels
+from pruneflow.pruning.importance import needs_gradients
+from pruneflow.pruning.plan import Clock, Plan
+from pruneflow.pruning.pruner import Pruner
+from pruneflow.report.facts import Facts, FinishedRound, layers, planned_rounds, size
+from pruneflow.report.writing import write_report
+from pruneflow.run import provenance
+from pruneflow.run.callbacks import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
+from pruneflow.run.deploy_task import deliver
+from pruneflow.run.folder import (
+    drop_checkpoints,
+    load_cached,
+    pictures,
+    save_cached,
+    save_example,
+    save_network,
+)
+from pruneflow.run.loggers import one_run
+from pruneflow.run.preflight import (
+    build,
+    build_data,
+    build_network,
+    building,
+    check_folder,
+    check_trainer,
+    check_values,
+)
+from pruneflow.structure.parameters import select
+from pruneflow.structure.sparsity import sparsity_report
+from pruneflow.training.calibration import Gradients
+from pruneflow.training.callback import PruningCallback
+from pruneflow.training.checkpoint_io import AtomicCheckpointIO, check_whole
+
+_log = logging.getLogger(__name__)
+
+
+class Experiment:
+    """One run: everything is built, and bad input refused, before any training.
+
+    Each stage saves a checkpoint after each epoch. A run that was killed goes on from there: a
+    stage that was finished ends at once, and a broken epoch is trained again.
+
+    Args:
+        config: The composed configuration; see `conf/config.yaml`. With `resume`, the folder's run
+            is expected to be of the same one.
+        folder: The run folder.
+        recipe: Name of the recipe, for the report.
+        command: The command that runs this, for the report.
+
+    Raises:
+        ValueError: If the configuration cannot be run.
+    """
+
+    def __init__(self, config: DictConfig, folder: Path, recipe: str, command: str) -> None:
+        for key in ("max_epochs", "max_steps", "fast_dev_run", "check_val_every_n_epoch"):
+            if config.trainer.get(key) is not None:
+                raise ValueError(
+                    f"`trainer.{key}` is expected to be left alone, but {config.trainer[key]!r} "
+                    "came; stages last `dense.epochs` and `pruning.epochs` and validate after each "
+                    "epoch, so set those"
+                )
+        check_values(config)
+        if config.checkpoint is not None:
+            raise ValueError(
+                f"`checkpoint` must be left out when pruning, got {config.checkpoint!r}; give "
+                "task=deploy to measure it, or dense.weights=FILE to start from it"
+            )
+        if config.trainer.devices not in (1, "1"):
+            raise ValueError(
+                f"`trainer.devices` is expected to be 1, but {config.trainer.devices!r} came; for "
+                "many processes put the PruningCallback in a Trainer of your own"
+            )
+        self.config = config
+        self.folder = folder
+        self.recipe = recipe
+        self.command = command
+        self.seconds: dict[str, float] = {}
+        self.test_batches = 0
+        self.step = 0
+        self.resume: bool = config.resume and (folder / "config.yaml").exists()
+        for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
+            check_whole(checkpoint)
+
+        if config.dense.cache is not None:
+            check_folder("dense.cache", config.dense.cache)
+        self.schedule, self.importance, self.granularity, self.costs, masking = (
+            build(config, key)
+            for key in ("schedule", "importance", "granularity", "costs", "masking")
+        )
+        self.plan, clock = self._lay_plan()
+        trainer = check_trainer(config.trainer)
+        self.logger: Logger | None = build(config, "logger")
+        L.seed_everything(config.seed, verbose=False)
+        with self._timed("data"):
+            self.data = build_data(config.data, trainer)
+        self.network = build_network(config.model, self.data)
+        if config.dense.weights is not None:
+            with building("dense.weights"):
+                load_weights(self.network, config.dense.weights)
+        node: Any = OmegaConf.to_container(config.model, resolve=True)
+        self.description = describe(node, self.data)
+        self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
+        self.selection.warn_overlooked()
+        self.scope: Any = config.pruning.scope
+        if OmegaConf.is_config(self.scope):
+            self.scope = OmegaConf.to_container(self.scope)
+        granularity = self.granularity
+        if isinstance(granularity, Channels) and granularity.example_input is None:
+            granularity = Channels(self._example())
+        pruner = Pruner(
+            self.network,
+            importance=self.importance,
+            granularity=granularity,
+            costs=None if self.costs is None else self.costs(self.network, self._example()),
+            scope=self.scope,
+            include=list(self.selection.slots),
+            masking=masking,
+            optimizers=[],
+        )
+        pruner.check(self.plan.rounds[-1].sparsity)
+        gradients = None
+        if needs_gradients(self.importance):
+            gradients = Gradients(Classifier.loss, config.pruning.gradient_batches)
+        self.pruning = PruningCallback(
+            self.schedule,
+            importance=self.importance,
+            gradients=gradients,
+            granularity=self.granularity,
+            costs=self.costs,
+            scope=_in_classifier(self.scope),
+            include=_in_classifier(list(self.selection.slots)),
+            start_epoch=clock.start,
+            epochs_per_round=clock.every,
+            masking=masking,
+            rewind=config.pruning.rewind,
+            optimizer_state=config.pruning.optimizer_state,
+        )
+        # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
+        last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
+        self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
+        for epochs in filter(None, (config.dense.epochs, self.schedule_epochs)):
+            self._check_training(epochs)
+
+    def run(self) -> Facts:
+        """Run all stages and write the run folder.
+
+        Returns:
+            The facts of the report.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.resume:
+            _log.info("Resuming the run in %s", self.folder)
+        else:
+            if self.config.resume:
+                _log.info("No unfinished run to resume: a new one in %s", self.folder)
+            (self.folder / "report.html").unlink(missing_ok=True)
+            drop_checkpoints(self.folder)
+        weights = sum(slot.parameter.numel() for slot in self.selection.slots.values())
+        table = self.plan.table(weights if self.costs is None else None)
+        _log.info("Plan:\n%s", table)
+        if dense := self.selection.describe_dense():
+            _log.info(dense)
+        with write_whole(self.folder / "plan.txt") as path:
+            path.write_text(table + "\n")
+        with write_whole(self.folder / "config.yaml") as path:
+            OmegaConf.save(self.config, path, resolve=True)
+
+        settings: Any = OmegaConf.to_container(self.config, resolve=True)
+        with one_run(self.logger, settings) if self.logger else nullcontext():
+            return self._run_stages()
+
+    # -- stages -----------------------------------------------------------------------------------
+
+    def _run_stages(self) -> Facts:
+        rows, cached = self._dense_phase()
+        dense = copy.deepcopy(self.network)
+        rounds, rows = self._rounds(rows)
+
+        with self._timed("test"):
+            _log.info("Testing the dense and the pruned network")
+            dense_accuracies, _ = self._evaluate(dense)
+            accuracies, tested = self._evaluate(self.network)
+        self._log_tests(dense_accuracies, accuracies)
+        save_network(self.network, self.folder / "model.safetensors", metadata(self.description))
+        self.example = save_example(self.data, self.folder / "example.png")
+        with self._timed("deliver"):
+            forms = self._deliver(dense)
+        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, tested, forms)
+        write_report(self.folder, facts, rows)
+        drop_checkpoints(self.folder)
+        return facts
+
+    def _dense_phase(self) -> tuple[list[Row], bool]:
+        target = self.folder / "checkpoints" / "dense.safetensors"
+        config = self.config.dense
+        if not hasattr(self.data, "fingerprint"):
+            _log.warning("`data` has no fingerprint(): the dense phase is not cached")
+        if config.cache is None or not config.epochs or not hasattr(self.data, "fingerprint"):
+            rows = self._train_dense()
+            save_network(self.network, target, metadata(self.description))
+            return rows, False
+        cache = Path(config.cache) / f"{self._dense_key()}.safetensors"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        # Jobs of one sweep that start together train it once; the others wait for it here.
+        with FileLock(cache.with_suffix(".lock")):
+            cached = cache.exists() and self._resume_from("dense") is None
+            if cached:
+                try:
+                    rows = load_cached(self.network, cache)
+                    _log.info("Dense phase: from the cache, %s", cache)
+                except ValueError as error:
+                    _log.warning("Dense phase: %s; trained anew", error)
+                    cached = False
+            if not cached:
+                rows = self._train_dense()
+                save_cached(self.network, cache, rows)
+        save_network(self.network, target, metadata(self.description))
+        return rows, cached
+
+    def _train_dense(self) -> list[Row]:
+        epochs = self.config.dense.epochs
+        if not epochs:
+            return []
+        _log.info("Dense phase: %s", _epochs(epochs))
+        return self._fit("dense", self._classifier(self.network, epochs), 0, epochs, [])
+
+    def _rounds(self, rows: list[Row]) -> tuple[list[FinishedRound], list[Row]]:
+        start = self.config.dense.epochs
+        epochs = self.config.pruning.epochs
+        classifier = self._classifier(self.network, self.schedule_epochs)
+        if self.granularity is not None or self.costs is not None:
+            classifier.example_input_array = self._example()
+        watch = RoundWatch(self.pruning)
+        _log.info("Pruning rounds: %d in %s", len(self.plan.rounds), _epochs(epochs))
+        rows = self._fit("rounds", classifier, start, start + epochs, rows, self.pruning, watch)
+        # Rows come in order, so the last one of a round is the one that stays.
+        fine_tuned = {row["round"]: row["val_accuracy"] for row in rows}
+        rounds: list[FinishedRound] = [
+            {**measured, "fine_tuned_accuracy": fine_tuned[measured["round"]]}  # type: ignore[typeddict-item]
+            for measured in watch.rounds
+            if measured["round"] in fine_tuned
+        ]
+        return rounds, rows
+
+    def _fit(
+        self, stage: str, classifier: Any, start: int, end: int, rows: list[Row], *callbacks: Any
+    ) -> list[Row]:
+        epochs = self.config.dense.epochs + self.config.pruning.epochs
+        history = History(self.folder / "metrics.csv", stage, rows, epochs)
+        save = SaveEachEpoch(self._checkpoint(stage))
+        trainer = self._trainer(start, end, *callbacks, history, save)
+        trainer.fit(classifier, datamodule=self.data, ckpt_path=self._resume_from(stage))
+        self.seconds[stage], self.step = history.seconds, history.step
+        return history.rows
+
+    def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], Any]:
+        classifier = self._classifier(network, 1)
+        trainer = self._trainer(0, 1, enable_progress_bar=False, logger=False)
+        validated = trainer.validate(classifier, datamodule=self.data, verbose=False)[0]
+        tested = trainer.test(classifier, datamodule=self.data, verbose=False)[0]
+        self.test_batches = int(trainer.num_test_batches[0])
+        return {**validated, **tested}, classifier
+
+    def _log_tests(self, dense: dict[str, float], final: dict[str, float]) -> None:
+        if self.logger is not None:
+            tested = {key: value for key, value in final.items() if key.startswith("test_")}
+            before = {f"dense_{key}": dense[key] for key in tested}
+            self.logger.log_metrics({**before, **tested}, step=self.step)
+
+    def _deliver(self, dense: nn.Module) -> list[Form]:
+        settings = self.config.deploy
+        if settings.batches:
+            _log.info("Measuring what each form of the model is worth")
+        return deliver(
+            dense,
+            self.network,
+            islice(self.data.test_dataloader(), self.test_batches),
+            self.folder,
+            batches=settings.batches,
+            threads=settings.threads,
+            metadata=metadata(self.description),
+        )
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _lay_plan(self) -> tuple[Plan, Clock]:
+        rounds, epochs = self.schedule.rounds, self.config.pruning.epochs
+        if epochs < rounds:
+            raise ValueError(
+                f"`pruning.epochs` is expected to give each of {rounds} rounds at least one epoch, "
+                f"but {epochs} came; raise it, or lower `schedule.rounds`"
+            )
+        # Every schedule has the same budget: split evenly, the remainder after the last round.
+        clock = Clock(start=self.config.dense.epochs, every=epochs // rounds)
+        return Plan.lay(self.schedule, clock, clock.start + epochs), clock
+
+    def _check_training(self, epochs: int) -> None:
+        """Build what trains for so many epochs, which refuses what is off."""
+        self._classifier(self.network, epochs)
+        with building("optimizer"):
+            optimizer = instantiate(self.config.optimizer)(self.network.parameters())
+        instantiate(self.config.lr_scheduler, epochs=epochs)(optimizer)
+
+    def _classifier(self, network: nn.Module, epochs: int) -> Any:
+        scheduler = instantiate(self.config.lr_scheduler, epochs=epochs)
+        return instantiate(self.config.classifier)(
+            network,
+            num_classes=self.data.num_classes,
+            optimizer=instantiate(self.config.optimizer),
+            lr_scheduler=scheduler,
+        )
+
+    def _trainer(self, start: int, end: int, *callbacks: L.Callback, **overrides: Any) -> L.Trainer:
+        settings: dict[str, Any] = {
+            "max_epochs": end,
+            "callbacks": [ReseedEachEpoch(self.config.seed), *callbacks],
+            "logger": self.logger or False,
+            "enable_checkpointing": False,
+            # Where there is no terminal its control sequences would be in the way.
+            "enable_progress_bar": sys.stdout.isatty()
+            and self.config.trainer.get("enable_progress_bar", True),
+            "default_root_dir": str(self.folder),
+        }
+        trainer: L.Trainer = instantiate(self.config.trainer, **(settings | overrides))
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        # One clock for the whole run: the rounds go on counting where the dense phase ended.
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        progress.ready = progress.started = progress.processed = progress.completed = start
+        return trainer
+
+    def _example(self) -> Tensor:
+        return next(self.network.parameters()).new_zeros(1, *self.data.image_shape)
+
+    def _checkpoint(self, stage: str) -> Path:
+        return self.folder / "checkpoints" / f"{stage}.ckpt"
+
+    def _resume_from(self, stage: str) -> Path | None:
+        path = self._checkpoint(stage)
+        return path if self.resume and path.exists() else None
+
+    def _dense_key(self) -> str:
+        names = ("model", "data", "optimizer", "lr_scheduler", "classifier", "trainer", "seed")
+        resolved: Any = OmegaConf.to_container(self.config, resolve=True)
+        files = [self.config.dense.weights, self.config.model.get("weights")]
+        return provenance.digest(
+            provenance.determining({name: resolved[name] for name in names}),
+            self.config.dense.epochs,
+            [provenance.file_digest(Path(f)) for f in files if f and Path(f).is_file()],
+            self.data.fingerprint(),
+            provenance.versions(),
+            provenance.commit(),
+        )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - began
+
+    def _facts(
+        self,
+        rounds: list[FinishedRound],
+        rows: list[Row],
+        cached: bool,
+        dense: dict[str, float],
+        final: dict[str, float],
+        tested: Any,
+        forms: list[Form],
+    ) -> Facts:
+        slots = self.selection.slots
+        report = sparsity_report(self.network, self._example(), include=list(slots))
+        weights, costs = report.weights, self.pruning.cost_per_weight
+        price = {
+            layer.name: 1.0 if costs is None else costs[f"network.{layer.name}"]
+            for layer in report.layers
+        }
+        removed = sum(price[layer.name] * layer.zeros for layer in report.layers)
+        total = sum(price[layer.name] * layer.weights for layer in report.layers)
+        return {
+            "recipe": self.recipe,
+            "command": self.command,
+            "seed": self.config.seed,
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+            "machine": provenance.machine(),
+            "target": self.plan.rounds[-1].sparsity,
+            "scope": str(self.scope),
+            "schedule": repr(self.schedule),
+            "importance": getattr(self.importance, "__name__", repr(self.importance)),
+            "granularity": "weights" if self.granularity is None else repr(self.granularity),
+            "costs": getattr(self.costs, "__name__", None),
+            "classes": list(self.data.classes),
+            "plan": planned_rounds(self.plan, weights if costs is None else None),
+            "dense": {
+                "epochs": self.config.dense.epochs,
+                "val_accuracy": dense["val_accuracy"],
+                "test_accuracy": dense["test_accuracy"],
+            },
+            "dense_cached": cached,
+            "rounds": rounds,
+            "final": {
+                "sparsity": report.sparsity,
+                "removed": removed / total,
+                "val_accuracy": final["val_accuracy"],
+                "test_accuracy": final["test_accuracy"],
+                "test_per_class": [
+                    accuracy if count else None
+                    for accuracy, count in zip(
+                        tested.test_per_class, tested.test_counts, strict=True
+                    )
+                ],
+                "tested": sum(tested.test_counts),
+                "test_pictures": pictures(self.data.test_dataloader()),
+            },
+            "size": size(report, self.folder),
+            "layers": layers(report),
+            "classifier": self.description,
+            "example": self.example,
+            "forms": forms,
+            "seconds": self.seconds,
+            "frozen": list(self.selection.frozen),
+            "stay_dense": self.selection.describe_dense(),
+        }
+
+
+def _epochs(count: int) -> str:
+    return "1 epoch" if count == 1 else f"{count} epochs"
+
+
+def _in_classifier(patterns: Any) -> Any:
+    """Globs over the network's tensor names, as globs over those of the classifier around it."""
+    if isinstance(patterns, dict):
+        return {group: _in_classifier(globs) for group, globs in patterns.items()}
+    return patterns if isinstance(patterns, str) else [f"network.{glob}" for glob in patterns]

@@ -1,0 +1,406 @@
+"""How operations without weights of their own carry channels from their inputs to their output."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from pruneflow.structure.channels.flow import Channels, Flow, same_in_rows
+from pruneflow.structure.channels.tracing import of_parameters, tensor_inputs
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which channels the entries of a tensor belong to.
+
+    Args:
+        name: Qualified name of the parameter or buffer.
+        dim: The dimension along which it has one entry per channel.
+        channels: Those channels.
+        written: Whether the entries are what a layer computes the channels with.
+    """
+
+    name: str
+    dim: int
+    channels: Channels
+    written: bool = False
+
+
+class Rule:
+    """How one operation carries channels; this one is for those that are not understood.
+
+    It reads all channels of its inputs and needs all of them to stay.
+
+    Args:
+        traced: The graph, with the layers.
+        flow: What is known of the values.
+        node: The operation.
+    """
+
+    def __init__(self, traced: fx.GraphModule, flow: Flow, node: fx.Node) -> None:
+        self.traced, self.flow, self.node = traced, flow, node
+
+    @property
+    def module(self) -> Any:
+        """The layer that is called; None if a function is."""
+        if self.node.op != "call_module":
+            return None
+        return self.traced.get_submodule(str(self.node.target))
+
+    def forward(self) -> bool:
+        """Note what is known of the result; False if the operation turns out not to fit."""
+        for source in self.node.all_input_nodes:
+            self.flow.pin(source)
+        return True
+
+    def backward(self) -> None:
+        """Note which channels of the inputs are needed."""
+        for source in self.node.all_input_nodes:
+            if source in self.flow.values:
+                self.flow.values[source].needed[:] = True
+
+    def entries(self) -> Iterator[Entries]:
+        """The tensors that have entries per channel."""
+        return iter(())
+
+    def cut(self) -> bool:
+        """Remove what does not stay; True if more than the layer has changed."""
+        return False
+
+
+class Sizes(Rule):
+    """Reads the shape of a tensor, not what is in it."""
+
+    def forward(self) -> bool:
+        """Let the channels stay whose number is read."""
+        source = self.node.all_input_nodes[0]
+        channels = self.flow.values.get(source)
+        if channels is None or self._reads(channels.dim, len(source.meta["shape"])):
+            self.flow.pin(source)
+        return True
+
+    def backward(self) -> None:
+        """Need nothing."""
+
+    def _reads(self, dim: int, ndim: int) -> bool:
+        attribute = self.node.args[1] if self.node.op == "call_function" else self.node.target
+        if attribute not in ("shape", "size"):
+            return False
+        if attribute == "size" and (len(self.node.args) > 1 or self.node.kwargs):
+            asked = [self.node.kwargs.get("dim", self.node.args[-1])]
+        else:
+            asked = [_index(user) for user in self.node.users]
+        return any(
+            index is None or dim in _chosen(range(ndim), index)  # type: ignore[arg-type]
+            for index in asked
+        )
+
+
+def _index(node: fx.Node) -> Any:
+    return node.args[1] if node.target is operator.getitem else None
+
+
+def _chosen(dims: range, index: int | slice) -> tuple[int, ...]:
+    return tuple(dims[index]) if isinstance(index, slice) else (dims[index],)
+
+
+class Held(Rule):
+    """A parameter or buffer that operations compute with, such as a scale for each channel.
+
+    Of a vector it is clear where its channels lie; of others, as learned positions, whoever takes
+    them says so.
+    """
+
+    def forward(self) -> bool:
+        """Note its values."""
+        node, flow = self.node, self.flow
+        flow.held[node] = attribute_of(self.traced, str(node.target)).detach()
+        if node.target not in flow.own:
+            flow.pin(node)
+        long = [dim for dim, size in enumerate(node.meta["shape"]) if size > 1]
+        if len(long) == 1:
+            flow.along(node, long[0])
+        return True
+
+    def entries(self) -> Iterator[Entries]:
+        """Itself."""
+        if self.node in self.flow.values:
+            channels = self.flow.values[self.node]
+            yield Entries(str(self.node.target), channels.dim, channels)
+
+    def cut(self) -> bool:
+        """Cut it."""
+        channels = self.flow.values.get(self.node)
+        if channels is None or self.flow.kept(channels).all():
+            return False
+        owner, _, attribute = str(self.node.target).rpartition(".")
+        module = self.traced.get_submodule(owner)
+        old = getattr(module, attribute)
+        kept = self.flow.kept(channels).nonzero().flatten()
+        tensor = laid_out_as(old.detach().index_select(channels.dim, kept), old)
+        if isinstance(old, nn.Parameter):
+            tensor = nn.Parameter(tensor, old.requires_grad)
+        setattr(module, attribute, tensor)
+        return False
+
+
+class Pointwise(Rule):
+    """Computes each element from those at the same place, as activations, sums and batch norm do.
+
+    Tensors that belong to a layer (the statistics of a batch norm) may differ from channel to
+    channel.
+    """
+
+    def forward(self) -> bool:
+        """Tie the channels of all inputs together."""
+        flow, node = self.flow, self.node
+        shape, sources = node.meta["shape"], tensor_inputs(node)
+        # A parameter does not say where the channels of what it scales lie.
+        telling = [source for source in sources if not of_parameters(source)] or sources
+        dims = {
+            channels.dim + len(shape) - len(source.meta["shape"])
+            for source in telling
+            if (channels := flow.values.get(source)) is not None
+            and (len(channels.atoms) > 1 or len(sources) == 1)
+        }
+        if len(dims) != 1:
+            return False
+        dim = dims.pop()
+        if dim >= len(shape) or (self.module is not None and len(self._own()) and dim != 1):
+            return False
+        self.operands: list[Channels] = []
+        self.broadcast: list[fx.Node] = []
+        self.dim, size = dim, shape[dim]
+        for source in sources:
+            own = dim - len(shape) + len(source.meta["shape"])
+            if own < 0 or source.meta["shape"][own] != size:
+                self.broadcast.append(source)
+            else:
+                channels = flow.along(source, own)
+                if channels is None:
+                    return False
+                self.operands.append(channels)
+        flow.unite(zip(*(channels.atoms.tolist() for channels in self.operands), strict=True))
+        result = flow.new(node, dim, self.operands[0].atoms)
+        for source in self.broadcast:
+            flow.pin(source)
+        self._note_constants(result)
+        return True
+
+    def backward(self) -> None:
+        """Need of every input what is wanted of the result."""
+        wanted = self.flow.values[self.node].wanted
+        for channels in self.operands:
+            channels.needed |= wanted
+        for source in self.broadcast:
+            if source in self.flow.values:
+                self.flow.values[source].needed |= bool(wanted.any())
+
+    def entries(self) -> Iterator[Entries]:
+        """Batch norm's tensors, and weights of PReLU."""
+        channels = self.flow.values[self.node]
+        for name in self._own():
+            yield Entries(f"{self.node.target}.{name}", 0, channels)
+
+    def cut(self) -> bool:
+        """Cut the tensors that belong to the layer."""
+        kept = self.flow.kept(self.flow.values[self.node])
+        if kept.all():
+            return False
+        for name in self._own():
+            tensor = getattr(self.module, name)[kept]
+            if isinstance(getattr(self.module, name), nn.Parameter):
+                tensor = nn.Parameter(tensor.detach(), getattr(self.module, name).requires_grad)
+            setattr(self.module, name, tensor)
+        for attribute in ("num_features", "num_parameters"):
+            if hasattr(self.module, attribute) and self._own():
+                setattr(self.module, attribute, int(kept.sum()))
+        return False
+
+    def _own(self) -> list[str]:
+        """The layer's tensors that have an entry per channel."""
+        if isinstance(self.module, NORMS):
+            names = ("weight", "bias", "running_mean", "running_var")
+            return [name for name in names if getattr(self.module, name) is not None]
+        per_channel = isinstance(self.module, nn.PReLU) and self.module.num_parameters > 1
+        return ["weight"] if per_channel else []
+
+    def _note_constants(self, result: Channels) -> None:
+        """Compute the operation on one element per channel, which is enough for constants."""
+        size = len(result.atoms)
+        inputs: dict[fx.Node, Tensor] = {}
+        known = torch.ones(size, dtype=torch.bool)
+        zero = torch.zeros(size, dtype=torch.bool)
+        for source in tensor_inputs(self.node):
+            ndim = len(source.meta["shape"])
+            if source in self.broadcast:
+                own_known = torch.zeros(1, dtype=torch.bool)
+                constant = torch.zeros(1, dtype=source.meta["dtype"])
+                if source in self.flow.held:
+                    own_known, constant = same_in_rows(self.flow.held[source].reshape(1, -1))
+            else:
+                own_known = self.flow.values[source].known
+                constant = self.flow.values[source].constant
+            known &= own_known
+            zero |= own_known & (constant == 0)
+            own = self.dim - len(self.node.meta["shape"]) + ndim
+            shape = [1] * ndim
+            if len(constant) > 1:
+                shape[own] = size
+            inputs[source] = constant.reshape(shape).clone()
+        if isinstance(self.module, NORMS) and self.module.weight is not None:
+            known |= self.module.weight == 0
+        value = compute(self.traced, self.node, inputs).reshape(-1).expand(size)
+        if self.node.target in _PRODUCTS:
+            known |= zero
+            value = value.masked_fill(zero, 0)
+        result.known = known & value.isfinite()
+        result.constant = value.masked_fill(~result.known, 0)
+
+
+class Carried(Rule):
+    """Hands every channel on as one channel, or, when flattening, as a run of them.
+
+    Args:
+        only_zeros: Whether of all constants only zero stays what it is, as under zero padding.
+    """
+
+    def __init__(
+        self, traced: fx.GraphModule, flow: Flow, node: fx.Node, *, only_zeros: bool
+    ) -> None:
+        super().__init__(traced, flow, node)
+        self.only_zeros = only_zeros
+
+    def forward(self) -> bool:
+        """See where the channels go."""
+        source = tensor_inputs(self.node)[0]
+        channels = self.flow.values.get(source)
+        if channels is None:
+            return False
+        shape, result_shape = list(source.meta["shape"]), self.node.meta["shape"]
+        size = shape[channels.dim]
+        # One channel more shows where the channels go, and that no size is written into the code.
+        shape[channels.dim] += 1
+        probe = torch.empty(shape, dtype=source.meta["dtype"], device="meta")
+        try:
+            if flattens(self.node):
+                grown = torch.flatten(probe, 1).shape
+            else:
+                grown = compute(self.traced, self.node, {source: probe}).shape
+            self.drops_one = self._drops_a_dimension_of_size_one(source, probe)
+        except (RuntimeError, IndexError, ValueError):
+            return False
+        if len(grown) != len(result_shape):
+            return False
+        changed = [dim for dim in range(len(grown)) if grown[dim] != result_shape[dim]]
+        if len(changed) != 1:
+            return False
+        dim = changed[0]
+        self.run = grown[dim] - result_shape[dim]
+        same_front = dim == channels.dim and result_shape[:dim] == source.meta["shape"][:dim]
+        if self.run * size != result_shape[dim] or (_is_reshape(self) and not same_front):
+            return False
+        self.source = channels
+        result = self.flow.new(self.node, dim, channels.atoms.repeat_interleave(self.run))
+        known = channels.known & (channels.constant == 0) if self.only_zeros else channels.known
+        result.known = known.repeat_interleave(self.run)
+        result.constant = channels.constant.repeat_interleave(self.run) * result.known
+        return True
+
+    def _drops_a_dimension_of_size_one(self, source: fx.Node, probe: Tensor) -> bool:
+        """Whether a single channel would have no dimension, as after `squeeze()`."""
+        if flattens(self.node):
+            return False
+        one = probe.narrow(self.flow.values[source].dim, 0, 1)
+        ndim = compute(self.traced, self.node, {source: one}).dim()
+        return ndim != len(self.node.meta["shape"])
+
+    @property
+    def has_size_in_code(self) -> bool:
+        """Whether the number of features is written down, as in `x.view(-1, 512)`."""
+        return flattens(self.node) and tree_leaves(self.node.args)[-1] != -1
+
+    def backward(self) -> None:
+        """Need a channel if any of its run is wanted."""
+        wanted = self.flow.values[self.node].wanted
+        self.source.needed |= wanted.reshape(-1, self.run).any(1)
+
+    def cut(self) -> bool:
+        """Write no size into the code that has changed."""
+        if not self.has_size_in_code or self.flow.kept(self.flow.values[self.node]).all():
+            return False
+        self.node.op, self.node.target = "call_function", torch.flatten
+        self.node.args, self.node.kwargs = (self.node.args[0], 1), {}
+        return True
+
+
+class Concatenated(Rule):
+    """torch.cat along the channels."""
+
+    def forward(self) -> bool:
+        """Put the channels of all inputs beside each other."""
+        node, flow = self.node, self.flow
+        sources: Any = node.args[0]
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        dim = range(len(node.meta["shape"]))[dim]  # type: ignore[index]
+        operands = [flow.along(source, dim) for source in sources]
+        if any(channels is None for channels in operands):
+            return False
+        self.operands = [channels for channels in operands if channels is not None]
+        result = flow.new(node, dim, torch.cat([channels.atoms for channels in self.operands]))
+        result.known = torch.cat([channels.known for channels in self.operands])
+        result.constant = torch.cat([channels.constant for channels in self.operands])
+        return True
+
+    def backward(self) -> None:
+        """Need of every input what is wanted of its part."""
+        parts = self.flow.values[self.node].wanted.split([len(o.atoms) for o in self.operands])
+        for channels, wanted in zip(self.operands, parts, strict=True):
+            channels.needed |= wanted
+
+
+def compute(traced: fx.GraphModule, node: fx.Node, inputs: dict[fx.Node, Tensor]) -> Tensor:
+    """Run one operation on other inputs."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: inputs[source])
+    if node.op == "call_module":
+        result: Tensor = traced.get_submodule(str(node.target))(*args, **kwargs)
+    elif node.op == "call_method":
+        result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result.detach()
+
+
+def attribute_of(traced: fx.GraphModule, path: str) -> Tensor:
+    """A parameter or buffer by its qualified name."""
+    owner, _, attribute = path.rpartition(".")
+    tensor: Tensor = getattr(traced.get_submodule(owner), attribute)
+    return tensor
+
+
+def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor in the memory layout of another, such as channels_last."""
+    order = sorted(range(other.dim()), key=other.stride, reverse=True)
+    return tensor.permute(order).contiguous().permute([order.index(d) for d in range(other.dim())])
+
+
+def flattens(node: fx.Node) -> bool:
+    """Whether a view or reshape makes one dimension of all but the first."""
+    if node.op != "call_method" or node.target not in ("view", "reshape"):
+        return False
+    before, after = node.args[0].meta["shape"], node.meta["shape"]  # type: ignore[union-attr]
+    return len(after) == 2 and len(before) >= 2 and before[0] == after[0]
+
+
+def _is_reshape(rule: Rule) -> bool:
+    named = rule.node.target in (torch.flatten, "flatten") or isinstance(rule.module, nn.Flatten)
+    return named or flattens(rule.node)

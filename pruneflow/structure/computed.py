@@ -1,0 +1,149 @@
+"""Refuse weights that the forward pass computes anew, so that a zero does not stay zero."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from pruneflow.distributed import is_sharded
+from pruneflow.structure.layer_types import input_dim, is_weight
+from pruneflow.structure.parameters import NORMS, Pattern, Slot, locate, matching, named_modules
+
+_MULTIPLIES = ("conv", "linear", "matmul", "mm", "mv", "dot", "einsum")  # in the names of functions
+_BATCH = 97  # samples; a prime, so that no activation has the shape of a weight
+
+
+def check_computed(model: nn.Module, exclude: Sequence[Pattern]) -> None:
+    """Refuse weights that are computed from other parameters and would silently stay dense.
+
+    Raises:
+        ValueError: Naming each, and what it is computed from.
+    """
+    slots = locate(model)
+    excluded = {name for pattern in exclude for name in matching(pattern, slots)}
+    trained = [n for n, s in slots.items() if s.parameter.requires_grad and n not in excluded]
+    computed = []
+    for prefix, module in named_modules(model):
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, NORMS)]
+        for attribute in (*getattr(module, "parametrizations", ()), *(h.name for h in hooks)):
+            path = f"{prefix}." if prefix else ""
+            own = (f"{path}parametrizations.{attribute}.", f"{path}{attribute}_")
+            sources = [name for name in trained if name.startswith(own)]
+            if is_weight(module, attribute) and sources:
+                computed.append(f"{path}{attribute} (from {', '.join(sources)})")
+    if computed:
+        raise ValueError(
+            "`include` is expected to say what to prune where weights are computed from other "
+            f"parameters: {'; '.join(computed)}; include those whose zeros the weight shares, as "
+            "in weight_norm and spectral_norm, or `exclude` them"
+        )
+
+
+def check_zeros_stay(slots: Mapping[str, Slot]) -> None:
+    """Refuse weights whose zeros are no zeros any more when their layer multiplies by them.
+
+    So it is with weight standardisation, which subtracts the mean. A copy of each layer that has a
+    `forward` of its own, every other weight of it zero, is run to see what it multiplies by. A
+    layer that cannot be run alone is let pass.
+
+    Args:
+        slots: Qualified name -> place of a weight that is to be pruned.
+
+    Raises:
+        ValueError: Naming them.
+
+    Example:
+        >>> class Standardised(nn.Linear):
+        ...     def forward(self, x):
+        ...         return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+        >>> check_zeros_stay(locate(nn.Linear(4, 4)))
+        >>> try:
+        ...     check_zeros_stay(locate(Standardised(4, 4)))
+        ... except ValueError as error:
+        ...     print(str(error).partition("got ")[2].partition(";")[0])
+        weight (Standardised)
+    """
+    lost = [
+        f"{name} ({type(slot.module).__name__})"
+        for name, slot in slots.items()
+        if not is_sharded(slot.parameter) and _has_own_forward(slot.module) and _loses_zeros(slot)
+    ]
+    if lost:
+        raise ValueError(
+            "`include` must leave out weights that `forward` computes anew from the parameter, so "
+            "that zeros do not stay zero, as weight standardisation does, got "
+            f"{', '.join(lost)}; `exclude` them, or let `forward` multiply the result by "
+            "`weight != 0`"
+        )
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    functions = (layer.forward, getattr(layer, "_conv_forward", layer.forward))
+    own = any(not function.__module__.startswith("torch.") for function in functions)
+    return own or isinstance(layer, ParametrizationList)
+
+
+@torch.no_grad()
+def _loses_zeros(slot: Slot) -> bool:
+    try:
+        layer = copy.deepcopy(slot.module).eval()
+        weight = layer.get_parameter(slot.attribute)
+        example = _example(layer, slot.attribute, weight)
+        weight.masked_fill_(_checkered(weight.shape).to(weight.device), 0)
+        left = int(weight.count_nonzero())
+        with torch.random.fork_rng(), _Multipliers(weight.shape) as multipliers:
+            result = layer.forward(*example)  # not layer(...), which would run hooks
+    except Exception:  # the code of the layer, which may want another input
+        return False
+    if not example and result.shape == weight.shape:
+        multipliers.nonzeros.append(int(result.count_nonzero()))
+    return any(nonzeros > left for nonzeros in multipliers.nonzeros)
+
+
+def _checkered(shape: torch.Size) -> Tensor:
+    """Every other entry, along any dimension; so that no row or column is empty as a whole."""
+    board = torch.zeros(shape, dtype=torch.bool)
+    for dim, size in enumerate(reversed(shape)):
+        board ^= (torch.arange(size) % 2 == 0).view(-1, *[1] * dim)
+    return board
+
+
+def _example(layer: nn.Module, attribute: str, weight: Tensor) -> tuple[Tensor, ...]:
+    """What a layer takes; a parametrization takes nothing, and gives the weight."""
+    if isinstance(layer, ParametrizationList):
+        return ()
+    if isinstance(layer, _ConvNd):
+        sizes = [d * (k - 1) + 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return (weight.new_ones(_BATCH, layer.in_channels, *sizes),)
+    dim = input_dim(layer, attribute)
+    return (weight.new_ones(_BATCH, weight.shape[0 if dim is None else dim]),)
+
+
+class _Multipliers(TorchFunctionMode):
+    """Counts what is not zero in the tensors of one shape that convolutions and products get.
+
+    Args:
+        shape: The shape, in any order of its dimensions.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.sizes = sorted(shape)
+        self.nonzeros: list[int] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(name in getattr(func, "__name__", "") for name in _MULTIPLIES):
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and sorted(value.shape) == self.sizes:
+                    self.nonzeros.append(int(value.count_nonzero()))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""Rounds within a Lightning Trainer."""
