@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,10 @@ from torch.nn import functional
 from pruneflow.deploy.runtime import model as runtime
 from pruneflow.deploy.runtime import toolchain, tuning
 from pruneflow.deploy.runtime.graph import capture
+from pruneflow.deploy.runtime.layers import Convolution
 from pruneflow.deploy.runtime.lowering import lower
 from pruneflow.deploy.runtime.model import SparseModel, sparse_compile
-from pruneflow.deploy.runtime.plans import Choice, Machine
+from pruneflow.deploy.runtime.plans import STRUCTS, Choice, Machine
 from pruneflow.deploy.shrink import shrink
 
 pytestmark = pytest.mark.skipif(
@@ -254,7 +255,7 @@ def test_threads_write_to_cache_lines_of_their_own():
     compiled = untimed(model, torch.randn(1, 3, 4, 4), threads=3)  # four floats a channel
     plan = compiled._plans[False, 1]
     step = plan.steps[1]
-    arrays = {array.ctypes.data: array for array in plan.kept}
+    arrays = {array.ctypes.data: array for array in plan.arrays}
     order, split = arrays[int(step["order"])], arrays[int(step["split"])]
     shares = [set(order[begin:end] // 4) for begin, end in pairwise(split)]
     assert sum(map(len, shares)) == 12 and len(set.union(*shares)) == 12
@@ -315,6 +316,21 @@ def test_scales_and_offsets(code):
     assert difference(model.eval(), batch, Choice(2, 4096, padded=True)) < 1e-5
 
 
+def test_what_follows_a_convolution_becomes_part_of_it():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def forward(self, x):
+            return functional.relu6(self.layers(x) + x)
+
+    network = capture(Residual().eval(), torch.zeros(1, 3, 4, 4))
+    (layer,) = network.layers
+    assert isinstance(layer, Convolution) and layer.output == network.output
+    assert (layer.inputs, layer.residual, layer.bounds) == ((0, 0), 0, (0, 6))
+
+
 def test_frozen_batch_norm():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), torchvision.ops.FrozenBatchNorm2d(6), nn.ReLU())
     model[1].running_mean.normal_()
@@ -365,8 +381,8 @@ def test_each_layer_takes_the_way_whose_steps_were_fastest(monkeypatch):
     def steps(plans, kernels, threads):
         seen.extend(plans)
         seconds = np.ones((len(plans), len(plans[0].steps)))
-        seconds[2, plans[0].made.index(first)] = 0.5
-        seconds[1, plans[0].made.index(second)] = 0.5
+        seconds[2, plans[0].outputs.index(first)] = 0.5
+        seconds[1, plans[0].outputs.index(second)] = 0.5
         return seconds
 
     monkeypatch.setattr(tuning, "_step_seconds", steps)
@@ -386,7 +402,7 @@ def test_steps_are_timed():
 
 
 def test_big_pictures_run_one_by_one(monkeypatch):
-    monkeypatch.setattr(runtime, "_MOST_ACTIVATIONS", 100)
+    monkeypatch.setattr(runtime, "_MAX_ACTIVATIONS", 100)
     model = nn.Conv2d(3, 4, 1)
     batch = torch.randn(3, 3, 5, 5)
     compiled = sparse_compile(model, batch)
@@ -499,9 +515,9 @@ def test_tensors_without_memory_of_their_own_are_refused():
     fast = sparse_compile(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 5, 5))
     batch = torch.randn(1, 3, 5, 5)
     assert fast(batch).shape == fast(nn.Parameter(batch)).shape
-    with pytest.raises(ValueError, match="`batch` is expected to be a plain tensor, but a "):
+    with pytest.raises(ValueError, match="`batch` must be a plain tensor, got a "):
         fast(FakeTensorMode().from_tensor(batch))
-    with pytest.raises(ValueError, match="`batch` is expected to be a plain tensor, but a "):
+    with pytest.raises(ValueError, match="`batch` must be a plain tensor, got a "):
         fast(torch._neg_view(batch))
 
 
@@ -564,13 +580,13 @@ class Rows(nn.Module):
 @pytest.mark.parametrize(
     ("model", "shape", "words"),
     [
-        (nn.Sequential(nn.Conv2d(2, 2, 1), nn.Softmax(1)), (2, 4, 4), "'_0_1' is a Softmax"),
+        (nn.Sequential(nn.Conv2d(2, 2, 1), nn.Softmax(1)), (2, 4, 4), "'_0_1', which is a Softmax"),
         (Branches(), (3,), "traceable by torch.fx"),
-        (Gates(), (3,), "'tanh' is a call of tanh"),
-        (Views(), (2, 4, 4), "'_0_clip' is in place on what 'add' holds as well"),
+        (Gates(), (3,), "'tanh', which is a call of tanh"),
+        (Views(), (2, 4, 4), "'_0_clip', which is in place on what 'add' holds as well"),
         (Rows(), (2, 4, 4), "shapes, (2, 4, 4) and (2, 4, 1)"),
         (Line(lambda m, x: x * m.a.bias), (3, 8, 8), "other than one number for each channel"),
-        (Line(lambda m, x: 1 / x), (3, 8, 8), "'truediv' is not of a tensor"),
+        (Line(lambda m, x: 1 / x), (3, 8, 8), "'truediv', which is not of a tensor"),
         (Line(lambda m, x: functional.pad(x, (1, 1), value=1)), (3, 8, 8), "a call of pad"),
         (
             nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
@@ -585,7 +601,7 @@ class Rows(nn.Module):
     ],
 )
 def test_refuses_by_name(model, shape, words):
-    with pytest.raises(ValueError, match="is expected to") as refused:
+    with pytest.raises(ValueError, match=r"^`(model|weight)` ") as refused:
         sparse_compile(model, torch.randn(1, *shape))
     assert words in str(refused.value)
 
@@ -602,7 +618,7 @@ def test_refuses_other_shapes_and_types():
 def test_refuses_hooks_as_those_of_torch_prune():
     model = nn.Sequential(nn.Linear(3, 3))
     torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
-    with pytest.raises(ValueError, match=r"'0' has; .* prune\.remove"):
+    with pytest.raises(ValueError, match=r"got some on '0'; .* prune\.remove"):
         sparse_compile(model, torch.zeros(1, 3))
 
 
@@ -613,7 +629,7 @@ def test_a_wrong_result_is_refused(monkeypatch):
         return lower(network, *arguments, **settings)
 
     monkeypatch.setattr(runtime, "lower", broken)
-    with pytest.raises(RuntimeError, match="differs by"):
+    with pytest.raises(RuntimeError, match="got a difference of"):
         sparse_compile(nn.Conv2d(2, 2, 1), torch.randn(1, 2, 4, 4))
 
 
@@ -655,6 +671,46 @@ def from_where(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", opened)
     return folders
+
+
+def swapped(struct, one, other):
+    """The fields of a NumPy dtype, two of them at each other's place."""
+    names = [{one: other, other: one}.get(name, name) for name in struct.names]
+    kinds, offsets = zip(*(struct.fields[name][:2] for name in struct.names), strict=True)
+    return np.dtype(
+        {"names": names, "formats": kinds, "offsets": offsets, "itemsize": struct.itemsize}
+    )
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_structs_whose_fields_are_swapped_are_refused(name, cache, monkeypatch):
+    fields = toolchain.load(FAST).pruneflow_fields().decode()
+    struct = STRUCTS[name]
+    for one, other in combinations(struct.names, 2):
+        if struct[one].itemsize == struct[other].itemsize:
+            monkeypatch.setitem(STRUCTS, name, swapped(struct, one, other))
+            with pytest.raises(RuntimeError) as refused:
+                toolchain._check_structs(fields)
+            assert all(f"{name}.{each}" in str(refused.value) for each in (one, other))
+
+
+def test_kernels_whose_fields_are_swapped_are_not_loaded(monkeypatch, tmp_path):
+    kernels = shutil.copytree(toolchain.KERNELS, tmp_path / "kernels")
+    header = kernels / "runtime.h"
+    text = header.read_text()
+    for before, after in (
+        ("int64_t channels, pixels;", "int64_t pixels, channels;"),
+        ("int32_t rows, columns, list;", "int32_t list, columns, rows;"),
+        ("int64_t activations, panel;", "int64_t panel, activations;"),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    header.write_text(text)
+    monkeypatch.setattr(toolchain, "KERNELS", kernels)
+    library = toolchain.build(toolchain._compiler(), FAST, tmp_path)
+    fields = r"Step\.channels, Step\.pixels, Tile\.rows, Tile\.list, Call\.activations, Call\.panel"
+    with pytest.raises(RuntimeError, match=f"`{fields}` must lie in kernels/runtime.h"):
+        toolchain._opened(library)
 
 
 def test_a_library_is_built_once_and_only_its_user_may_touch_it(cache, monkeypatch):

@@ -1,4 +1,4 @@
-"""Capture a model as layers of the sparse runtime; what it does not know is refused by name."""
+"""Capture a model as layers of the sparse runtime; operations it does not know are refused."""
 
 from __future__ import annotations
 
@@ -26,9 +26,18 @@ from pruneflow.deploy.runtime.known import (
 )
 from pruneflow.deploy.runtime.layers import (
     INFINITY,
+    Activation,
+    Add,
+    Clamp,
+    Concatenate,
+    Convolution,
+    Flatten,
     Layer,
+    Multiply,
     Network,
     Pair,
+    Pool,
+    Scale,
     Shape,
     Weight,
     Window,
@@ -47,22 +56,23 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
         example_input: `(batch, channels, height, width)` or `(batch, features)`.
 
     Raises:
-        ValueError: If it does not take the example, cannot be traced or has an operation that the
-            runtime does not know; the message names it.
+        ValueError: If the model does not take the example, cannot be traced or has an operation
+            that the runtime does not know, which is named.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
-        >>> [(layer.kind, layer.low) for layer in capture(model, torch.zeros(1, 3, 5, 5)).layers]
-        [('convolution', 0.0)]
+        >>> (layer,) = capture(model, torch.zeros(1, 3, 5, 5)).layers
+        >>> type(layer).__name__, layer.bounds
+        ('Convolution', (0.0, inf))
     """
-    # Around it one more module, as those of PyTorch are kept whole but for the outermost.
-    whole = nn.Sequential(model)
-    with evaluating(whole, example_input):
-        traced = trace(whole, example_input[:1], fixed_size=True)
+    # Tracing keeps PyTorch's modules whole, but not the outermost one.
+    wrapped = nn.Sequential(model)
+    with evaluating(wrapped, example_input):
+        traced = trace(wrapped, example_input[:1], fixed_size=True)
     _drop_assertions(traced.graph)
     captured = _Capture(traced)
     for node in traced.graph.nodes:
-        captured.take(node)
+        captured.visit(node)
     return Network(
         layers=tuple(fuse(captured.layers, captured.result)),
         shapes=tuple(captured.shapes),
@@ -74,12 +84,12 @@ def capture(model: nn.Module, example_input: Tensor) -> Network:
 
 def _drop_assertions(graph: fx.Graph) -> None:
     """Leave out what the model asserts, such as the size of its images: each call checks that."""
-    read_by_them: set[fx.Node] = set()
+    asserted: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
-        reads = node in read_by_them or node.target is getattr  # as the text of an assertion does
+        reads = node in asserted or node.target is getattr  # as the text of an assertion does
         alone = reads and node.op == "call_function" and not node.users
         if alone or node.target is torch._assert:
-            read_by_them.update(node.all_input_nodes)
+            asserted.update(node.all_input_nodes)
             graph.erase_node(node)
 
 
@@ -101,16 +111,16 @@ class _Capture:
     shapes: list[Shape] = field(default_factory=list)
     values: dict[fx.Node, int] = field(default_factory=dict)
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
-    memory: dict[int, int] = field(default_factory=dict)  # of a view: the value whose it is
+    memory: dict[int, int] = field(default_factory=dict)  # of a view: the value that it views
     batch_sizes: set[fx.Node] = field(default_factory=set)
     result: int = -1
     output_shape: tuple[int, ...] = ()
 
-    def take(self, node: fx.Node) -> None:
+    def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             if self.shapes:
                 self.refuse(node, "a second input")
-            self.new(node)
+            self.new_value(node)
         elif node.op == "output":
             self.result = self.operand(node)
             (result,) = node.args
@@ -126,7 +136,7 @@ class _Capture:
             self.function(node)
 
     def evaluated(self, node: fx.Node) -> Any:
-        """What is computed from parameters alone, as `1 + self.gamma`."""
+        """The result of what is computed from parameters alone, such as `1 + self.gamma`."""
         args, kwargs = cast(
             Any, fx.node.map_arg((node.args, node.kwargs), lambda n: clone(self.constants[n]))
         )
@@ -136,19 +146,20 @@ class _Capture:
 
     def refuse(self, node: fx.Node, what: str) -> NoReturn:
         raise ValueError(
-            "`model` is expected to consist of operations that the sparse runtime knows, but "
-            f"{node.name!r} is {what}; use `shrink` or `export_onnx` for this model"
+            f"`model` must consist of operations that the sparse runtime knows, got {node.name!r}, "
+            f"which is {what}; use `shrink` or `export_onnx` for this model"
         )
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Of one sample."""
+        """The shape of one sample."""
         if "shape" not in node.meta:
             self.refuse(node, "not one tensor")
         if node.meta["dtype"] != torch.float32:
             self.refuse(node, f"of {node.meta['dtype']}")
         return tuple(node.meta["shape"][1:])
 
-    def new(self, node: fx.Node) -> int:
+    def new_value(self, node: fx.Node) -> int:
+        """Number the value that a node computes."""
         shape = self.shape(node)
         if len(shape) not in (1, 3):
             self.refuse(node, f"of shape (batch, {', '.join(map(str, shape))})")
@@ -156,11 +167,8 @@ class _Capture:
         self.values[node] = len(self.shapes) - 1
         return self.values[node]
 
-    def emit(self, node: fx.Node, kind: str, *inputs: int, **settings: Any) -> None:
-        self.layers.append(Layer(kind, node.name, inputs, self.new(node), **settings))
-
-    def overwrites(self, node: fx.Node, value: int) -> None:
-        """What works in place: all who read the value later read the result."""
+    def overwrite(self, node: fx.Node, value: int) -> None:
+        """A node works in place: whoever reads the value later reads the node's."""
         for other, held in list(self.values.items()):
             if held == value:
                 self.values[other] = self.values[node]
@@ -169,10 +177,11 @@ class _Capture:
         self.memory[self.values[node]] = self.root(value)
 
     def root(self, value: int) -> int:
-        """The value in whose memory a value lies; its own if it is no view."""
+        """The value in whose memory a value lies; itself if it is no view."""
         return self.memory.get(value, value)
 
     def operand(self, node: fx.Node, position: int = 0) -> int:
+        """The value that is a node's argument."""
         value = node.args[position] if position < len(node.args) else None
         if not isinstance(value, fx.Node) or value not in self.values:
             self.refuse(node, "not of a tensor that was computed before")
@@ -184,19 +193,14 @@ class _Capture:
         if "forward" in vars(module):
             self.refuse(node, f"a {kind.__name__} with a `forward` of its own")
         # Exact types: a subclass may compute something else.
-        if kind in (nn.Identity, *DROPOUTS) or kind.__name__ == "StochasticDepth":
-            if module.training and kind is not nn.Identity:
-                self.refuse(node, f"a {kind.__name__} in training mode")
-            self.values[node] = value
+        if kind in (nn.Identity, *DROPOUTS) or kind.__name__ == "StochasticDepth":  # torchvision's
+            self.pass_through(node, module, value)
         elif kind is nn.Conv2d:
-            self.convolution(node, module, value)
+            self.conv2d(node, module, value)
         elif kind is nn.Linear:
-            if len(self.shape(node)) != 1:
-                self.refuse(node, "a Linear over other than (batch, features)")
-            reads = Window((1, 1), kernel=(1, 1), output=(1, 1))
-            self.weighted(node, value, reads, module.weight.detach()[:, :, None], module.bias)
+            self.linear(node, module, value)
         elif kind in (nn.BatchNorm1d, nn.BatchNorm2d):
-            self.norm(node, module, value)
+            self.batch_norm(node, module, value)
         elif kind in (nn.ReLU, nn.ReLU6, nn.Hardtanh) or kind in FUNCTIONS:
             self.activation(node, module, value)
         elif kind is nn.ZeroPad2d:
@@ -205,18 +209,28 @@ class _Capture:
             if [module.start_dim, module.end_dim] != [1, -1]:
                 self.refuse(node, "a Flatten of other than all but the first dimension")
             self.flatten(node, value)
-        elif not self.pools(node, module, value):
+        elif kind in (nn.MaxPool2d, nn.AvgPool2d):
+            self.pool(node, module, value)
+        elif kind is nn.AdaptiveAvgPool2d:
+            self.adaptive_pool(node, value)
+        else:
             self.refuse(node, f"a {kind.__name__}")
 
+    def pass_through(self, node: fx.Node, module: nn.Module, value: int) -> None:
+        if module.training and type(module) is not nn.Identity:
+            self.refuse(node, f"a {type(module).__name__} in training mode")
+        self.values[node] = value
+
     def activation(self, node: fx.Node, module: Any, value: int) -> None:
+        output = self.new_value(node)
         if type(module) in FUNCTIONS:
-            self.emit(node, "activate", value, function=FUNCTIONS[type(module)])
+            self.layers.append(Activation((value,), output, FUNCTIONS[type(module)]))
         else:
             low = float(getattr(module, "min_val", 0.0))
             high = float(getattr(module, "max_val", INFINITY))
-            self.emit(node, "add", value, low=low, high=high)
+            self.layers.append(Clamp((value,), output, (low, high)))
         if getattr(module, "inplace", False):
-            self.overwrites(node, value)
+            self.overwrite(node, value)
 
     def function(self, node: fx.Node) -> None:
         target, keywords = node.target, dict(node.kwargs)
@@ -227,26 +241,26 @@ class _Capture:
         if target == "size" and (arguments, keywords) == ((0,), {}):
             self.batch_sizes.add(node)
             return
-        line = self.line(node)
-        value = -1 if target is torch.cat or (line and not inplace) else self.operand(node)
-        if line is not None:
-            self.scale(node, *line)
+        affine = self.affine(node)
+        value = -1 if target is torch.cat or (affine and not inplace) else self.operand(node)
+        if affine is not None:
+            self.scale(node, *affine)
         elif not keywords and self.elementwise(node, value):
             pass
-        elif self.flattens(node):
+        elif self.is_flatten(node):
             self.flatten(node, value)
         elif target in POOLS:
             make, names = POOLS[target]
             given = dict(zip(["kernel_size", *names.split()], arguments, strict=False))
             self.pool(node, make(**given, **keywords), value)
-        elif target is functional.adaptive_avg_pool2d or self.means(node):
-            self.adaptive(node, value)
+        elif target is functional.adaptive_avg_pool2d or self.is_global_mean(node):
+            self.adaptive_pool(node, value)
         elif target is functional.pad and _pads_with_zeros(arguments[1:], keywords):
             self.pad(node, cast(Sequence[int], arguments[0]), value)
         elif target is torch.cat:
             self.concatenate(node)
         elif target is torch.index_select and not keywords:
-            self.choose(node, value)
+            self.index_select(node, value)
         elif (
             target == "contiguous"
             or (target is functional.dropout and keywords.get("training", True) is False)
@@ -256,10 +270,10 @@ class _Capture:
         else:
             self.refuse(node, f"a call of {name} with {arguments} and {keywords}")
         if inplace:
-            self.overwrites(node, value)
+            self.overwrite(node, value)
 
-    def line(self, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
-        """Of an operation on a value and a constant: the value, its factor and what is added."""
+    def affine(self, node: fx.Node) -> tuple[fx.Node, Tensor, Tensor] | None:
+        """The value, its factor and its offset, if the other operand is a constant."""
         known = [isinstance(arg, fx.Node) and arg in self.values for arg in node.args]
         if len(known) != 2 or sum(known) != 1 or node.kwargs:
             return None
@@ -279,27 +293,25 @@ class _Capture:
         return (value, 1 / constant, zero) if node.target in QUOTIENTS and first else None
 
     def scale(self, node: fx.Node, source: fx.Node, factor: Tensor, offset: Tensor) -> None:
-        """Each channel times its factor, and something added."""
-        value, each = self.values[source], []
-        before, after = (each.meta["shape"] for each in (source, node))
-        if before != after:
+        """Multiply each channel by its factor, and add its offset."""
+        shape = source.meta["shape"]
+        if node.meta["shape"] != shape:
             self.refuse(node, "with a tensor of a larger shape")
+        value, arrays = self.values[source], []
+        channels, *size = self.shapes[value]
         for constant in (factor, offset):
-            rows = constant.broadcast_to(1, *before[1:]).reshape(self.shapes[value][0], -1)
+            rows = constant.broadcast_to(1, *shape[1:]).reshape(channels, -1)
             if not (rows == rows[:, :1]).all():
                 self.refuse(node, "with other than one number for each channel")
-            each.append(rows[:, 0])
-        size = self.shapes[value][1:]
-        reads, (factor, offset) = Window(size, kernel=(1, 1), output=size), each
-        weight = factor.float()[:, None, None]
-        self.weighted(node, value, reads, weight, offset.float(), kind="scale")
+            arrays.append(rows[:, 0].float().numpy())
+        self.layers.append(Scale((value,), self.new_value(node), _pair(size), *arrays))
 
     def elementwise(self, node: fx.Node, value: int) -> bool:
+        """Take an operation on each float; False if the node is none."""
         if node.target in CLAMPS and len(node.args) == 1:
-            low, high = CLAMPS[node.target]
-            self.emit(node, "add", value, low=low, high=high)
+            self.layers.append(Clamp((value,), self.new_value(node), CLAMPS[node.target]))
         elif node.target in FUNCTIONS and len(node.args) == 1:
-            self.emit(node, "activate", value, function=FUNCTIONS[node.target])
+            self.layers.append(Activation((value,), self.new_value(node), FUNCTIONS[node.target]))
         elif node.target in (*SUMS, *PRODUCTS):
             self.combine(node, value, self.operand(node, 1))
         else:
@@ -307,16 +319,16 @@ class _Capture:
         return True
 
     def combine(self, node: fx.Node, one: int, other: int) -> None:
-        """A sum or a product, or a product with a factor for each channel."""
+        """Take a sum or a product of two values, or a product with a factor for each channel."""
         larger, smaller = sorted((one, other), key=lambda value: -prod(self.shapes[value]))
         shape, factor = self.shapes[larger], self.shapes[smaller]
-        kind = "add" if node.target in SUMS else "multiply"
+        kind = Add if node.target in SUMS else Multiply
         wider = self.shape(node) not in (shape, shape[:1])  # (batch, C) and (batch, C, 1, 1)
-        if wider or (factor != shape and (kind == "add" or factor != (shape[0], 1, 1))):
+        if wider or (factor != shape and (kind is Add or factor != (shape[0], 1, 1))):
             self.refuse(node, f"of tensors of different shapes, {shape} and {factor}")
-        self.emit(node, kind, larger, smaller)
+        self.layers.append(kind((larger, smaller), self.new_value(node)))
 
-    def flattens(self, node: fx.Node) -> bool:
+    def is_flatten(self, node: fx.Node) -> bool:
         """Whether the result is (batch, features) for a batch of any size."""
         sizes: Any = node.args[1:]
         if node.target in (torch.flatten, "flatten"):
@@ -331,7 +343,8 @@ class _Capture:
             return False
         return sizes[0] in self.batch_sizes or (sizes[0] == -1 and sizes[1] != -1)
 
-    def means(self, node: fx.Node) -> bool:
+    def is_global_mean(self, node: fx.Node) -> bool:
+        """Whether it takes the mean of all pixels."""
         dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         source: Any = node.args[0]
         return (
@@ -341,28 +354,35 @@ class _Capture:
             and len(self.shape(source)) == 3
         )
 
-    def weighted(
+    def convolve(
         self,
         node: fx.Node,
         value: int,
-        reads: Window,
+        window: Window,
         weight: Tensor,
         bias: Tensor | None,
         groups: int = 1,
-        kind: str = "convolution",
     ) -> None:
-        given = weight.new_zeros(len(weight)) if bias is None else bias.detach()
-        arrays = {"weight": Weight.of(weight.detach().numpy()), "bias": given.numpy().copy()}
-        self.emit(node, kind, value, window=reads, groups=groups, **arrays)
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        self.layers.append(
+            Convolution(
+                (value,),
+                self.new_value(node),
+                window,
+                Weight.from_dense(weight.detach().numpy()),
+                bias.detach().numpy().copy(),
+                groups,
+            )
+        )
 
-    def convolution(self, node: fx.Node, module: nn.Conv2d, value: int) -> None:
+    def conv2d(self, node: fx.Node, module: nn.Conv2d, value: int) -> None:
         if module.padding_mode != "zeros":
             self.refuse(node, f"a Conv2d with padding_mode={module.padding_mode!r}")
-        if module.padding == "same":  # the odd one lies below and to the right
+        if module.padding == "same":  # the odd pixel lies below and to the right
             left, _, above, _ = module._reversed_padding_repeated_twice
         else:
             above, left = (0, 0) if isinstance(module.padding, str) else _pair(module.padding)
-        reads = Window(
+        window = Window(
             self.shapes[value][1:],
             kernel=_pair(module.kernel_size),
             output=_pair(self.shape(node)[1:]),
@@ -370,10 +390,16 @@ class _Capture:
             padding=(above, left),
             dilation=_pair(module.dilation),
         )
-        weight = module.weight.detach().flatten(2)
-        self.weighted(node, value, reads, weight, module.bias, module.groups)
+        weight = module.weight.flatten(2)
+        self.convolve(node, value, window, weight, module.bias, module.groups)
 
-    def norm(self, node: fx.Node, module: nn.BatchNorm2d, value: int) -> None:
+    def linear(self, node: fx.Node, module: nn.Linear, value: int) -> None:
+        if len(self.shape(node)) != 1:
+            self.refuse(node, "a Linear over other than (batch, features)")
+        window = Window((1, 1), kernel=(1, 1), output=(1, 1))
+        self.convolve(node, value, window, module.weight[:, :, None], module.bias)
+
+    def batch_norm(self, node: fx.Node, module: nn.BatchNorm2d, value: int) -> None:
         if module.training or module.running_mean is None or module.running_var is None:
             self.refuse(node, "a BatchNorm that takes its statistics from the batch")
         factor = (module.running_var.double() + module.eps).rsqrt()
@@ -386,32 +412,32 @@ class _Capture:
         self.scale(node, node.all_input_nodes[0], factor.view(channels), offset.view(channels))
 
     def pad(self, node: fx.Node, rows_and_columns: Sequence[int], value: int) -> None:
-        """Zeros around a picture: a depthwise 1x1 convolution with ones whose padding they are."""
+        """Zeros around an image: the padding of a depthwise 1x1 convolution with ones."""
         left, _, above, _ = (*rows_and_columns, 0, 0)[:4]
         if len(rows_and_columns) > 4 or len(self.shape(node)) != 3:
             self.refuse(node, f"a padding of {tuple(rows_and_columns)}")
         channels, *size = self.shapes[value]
         output = _pair(self.shape(node)[1:])
-        reads = Window(_pair(size), kernel=(1, 1), output=output, padding=(above, left))
+        window = Window(_pair(size), kernel=(1, 1), output=output, padding=(above, left))
         ones = torch.ones(channels, 1, 1, dtype=torch.float32, device="cpu")
-        self.weighted(node, value, reads, ones, None, channels)
+        self.convolve(node, value, window, ones, None, channels)
 
     def flatten(self, node: fx.Node, value: int) -> None:
         if self.shapes[value][1:] == (1, 1):
             self.values[node] = value
         else:
-            self.emit(node, "flatten", value)
+            self.layers.append(Flatten((value,), self.new_value(node)))
             self.memory[self.values[node]] = self.root(value)
 
-    def choose(self, node: fx.Node, value: int) -> None:
-        """Channels by number, as `shrink` puts them: a 1x1 convolution with a one in each row."""
+    def index_select(self, node: fx.Node, value: int) -> None:
+        """Channels by number, which `shrink` uses: a 1x1 convolution with a one in each row."""
         dim, index = cast(tuple[int, fx.Node], node.args[1:])
         if dim not in (1, -len(self.shape(node))) or index not in self.constants:
             self.refuse(node, f"a choice of {index} over dimension {dim}")
         channels, *size = self.shapes[value]
         weight = functional.one_hot(self.constants[index], channels).float()[:, :, None]
-        reads = Window(_pair(size), kernel=(1, 1), output=_pair(size))
-        self.weighted(node, value, reads, weight, None)
+        window = Window(_pair(size), kernel=(1, 1), output=_pair(size))
+        self.convolve(node, value, window, weight, None)
 
     def concatenate(self, node: fx.Node) -> None:
         tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors")
@@ -419,19 +445,11 @@ class _Capture:
         known = isinstance(tensors, Sequence) and all(each in self.values for each in tensors)
         if not known or dim not in (1, -len(self.shape(node))):
             self.refuse(node, f"a concatenation over dimension {dim}")
-        self.emit(node, "concatenate", *(self.values[each] for each in tensors))
-
-    def pools(self, node: fx.Node, module: Any, value: int) -> bool:
-        if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
-            self.pool(node, module, value)
-        elif type(module) is nn.AdaptiveAvgPool2d:
-            self.adaptive(node, value)
-        else:
-            return False
-        return True
+        inputs = tuple(self.values[each] for each in tensors)
+        self.layers.append(Concatenate(inputs, self.new_value(node)))
 
     def pool(self, node: fx.Node, module: nn.MaxPool2d | nn.AvgPool2d, value: int) -> None:
-        reads = Window(
+        window = Window(
             self.shapes[value][1:],
             kernel=_pair(module.kernel_size),
             output=_pair(self.shape(node)[1:]),
@@ -439,19 +457,20 @@ class _Capture:
             padding=_pair(module.padding),
         )
         if isinstance(module, nn.MaxPool2d):
-            reads = replace(reads, dilation=_pair(module.dilation))
-            self.emit(node, "pool", value, table=reads.table)
+            table = replace(window, dilation=_pair(module.dilation)).table
+            self.layers.append(Pool((value,), self.new_value(node), table))
             return
-        divisor = (reads.table >= 0).sum(0)
+        divisor = (window.table >= 0).sum(0)
         if module.divisor_override:
             divisor = np.full_like(divisor, module.divisor_override)
         elif module.count_include_pad:  # what ceil_mode reaches beyond the padding does not count
-            height, width = (reads.size[axis] + 2 * reads.padding[axis] for axis in (0, 1))
-            whole = replace(reads, size=(height, width), padding=(0, 0))
-            divisor = (whole.table >= 0).sum(0)
-        self.emit(node, "pool", value, table=reads.table, mean=(1 / divisor).astype(np.float32))
+            height, width = (window.size[axis] + 2 * window.padding[axis] for axis in (0, 1))
+            with_padding = replace(window, size=(height, width), padding=(0, 0))
+            divisor = (with_padding.table >= 0).sum(0)
+        mean = (1 / divisor).astype(np.float32)
+        self.layers.append(Pool((value,), self.new_value(node), window.table, mean))
 
-    def adaptive(self, node: fx.Node, value: int) -> None:
+    def adaptive_pool(self, node: fx.Node, value: int) -> None:
         output = _pair((*self.shape(node), 1, 1)[1:3])
         table, mean = adaptive_windows(self.shapes[value][1:], output)
-        self.emit(node, "pool", value, table=table, mean=mean)
+        self.layers.append(Pool((value,), self.new_value(node), table, mean))

@@ -1,7 +1,9 @@
-"""The layers of a captured network, as the sparse runtime knows them, and how they are fused.
+"""The layers of a captured network: one record for each kind, and how they are fused.
 
-Convolutions, pooling and `Linear` all become sums over taps: a table says which pixel of the input
-a tap reads for each pixel of the output, or that it falls on the padding.
+Convolutions, pooling and `Linear` are sums over the taps of a kernel: a table says which pixel of
+the input a tap reads for each pixel of the output, or that it falls on the padding.
+
+A new kind of layer is a record here and a method of `lowering` that turns it into steps.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,44 +19,46 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
 Pair = tuple[int, int]
 Shape = tuple[int, int, int]  # channels, height, width; features are (features, 1, 1)
+Bounds = tuple[float, float]  # the result is clamped to them: (0, inf) is ReLU, (0, 6) ReLU6
 
 INFINITY = float("inf")
+UNBOUNDED = (-INFINITY, INFINITY)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """What is not zero of a weight.
+    """The nonzero values of a weight.
 
     Args:
-        shape: `(outputs, inputs of one, taps)`.
-        index: Where the values are, as if it were flat.
-        value: They themselves.
+        shape: `(outputs, inputs / groups, taps)`.
+        indices: Of the values in the flattened weight.
+        values: As many.
     """
 
     shape: tuple[int, int, int]
-    index: npt.NDArray[np.int64]
-    value: Floats
+    indices: npt.NDArray[np.int64]
+    values: Floats
 
     @classmethod
-    def of(cls, dense: Floats) -> Weight:
+    def from_dense(cls, dense: Floats) -> Weight:
         """Leave out the zeros."""
-        index = np.flatnonzero(dense)
-        return cls(dense.shape, index, dense.ravel()[index])
+        indices = np.flatnonzero(dense)
+        return cls(dense.shape, indices, dense.ravel()[indices])
 
     @property
-    def places(self) -> tuple[npt.NDArray[np.int64], ...]:
+    def coordinates(self) -> tuple[npt.NDArray[np.int64], ...]:
         """Output, input and tap of each value."""
-        return np.unravel_index(self.index, self.shape)
+        return np.unravel_index(self.indices, self.shape)
 
     @property
     def density(self) -> float:
-        """Fraction that is not zero."""
-        return len(self.value) / max(1, prod(self.shape))
+        """Fraction of the weight that is not zero."""
+        return len(self.values) / max(1, prod(self.shape))
 
     def scaled(self, factor: npt.NDArray[np.float64]) -> Weight:
-        """Each output times its factor."""
-        value = (self.value * factor[self.places[0]]).astype(np.float32)
-        return replace(self, value=value)
+        """The weight with each output multiplied by its factor."""
+        values = (self.values * factor[self.coordinates[0]]).astype(np.float32)
+        return replace(self, values=values)
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,11 @@ class Window:
 
     Args:
         size: Height and width of the input.
-        kernel: Of the kernel.
-        output: Of the output.
-        stride: Of the kernel.
+        kernel: Height and width of the kernel.
+        output: Height and width of the output.
+        stride: Down and to the right.
         padding: Above and to the left.
-        dilation: Of the kernel.
+        dilation: Down and to the right.
 
     Example:
         >>> Window((1, 2), kernel=(1, 3), output=(1, 2), padding=(0, 1)).table.tolist()
@@ -86,7 +89,7 @@ class Window:
     def table(self) -> Integers:
         """int32 `(taps, pixels of the output)`; -1 where a tap falls on the padding.
 
-        Elsewhere it is `steps[:, None] + corner`.
+        Elsewhere it is `offsets[:, None] + corner`.
         """
         rows, columns = (
             np.add.outer(
@@ -103,23 +106,23 @@ class Window:
 
     @cached_property
     def corner(self) -> npt.NDArray[np.int64]:
-        """The pixel that the first tap reads for each pixel of the output, be it on the padding."""
+        """The pixel that the first tap reads for each pixel of the output, even on the padding."""
         rows, columns = (
             np.arange(self.output[axis]) * self.stride[axis] - self.padding[axis] for axis in (0, 1)
         )
         return np.add.outer(rows * self.size[1], columns).ravel()
 
     @cached_property
-    def steps(self) -> npt.NDArray[np.int64]:
-        """How many pixels each tap is from the first."""
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """How many pixels after the first tap each tap reads."""
         rows, columns = (np.arange(self.kernel[axis]) * self.dilation[axis] for axis in (0, 1))
         return np.add.outer(rows * self.size[1], columns).ravel()
 
     def padded(self) -> tuple[Window, Integers]:
-        """The same over an input with the padding in place, and what that input is filled with.
+        """The same window over an input that holds the padding.
 
         Returns:
-            The window, and for each of its input's pixels that of this one's or -1.
+            The window, and for each pixel of its input that of the unpadded input, or -1.
         """
         height, width = (
             (self.output[axis] - 1) * self.stride[axis]
@@ -133,10 +136,14 @@ class Window:
 
 
 def adaptive_windows(size: Pair, output: Pair) -> tuple[Integers, Floats]:
-    """Windows from floor(i * size / output) to ceil((i + 1) * size / output).
+    """Windows of adaptive pooling: floor(i * size / output) to ceil((i + 1) * size / output).
+
+    Args:
+        size: Height and width of the input.
+        output: Height and width of the output.
 
     Returns:
-        A table as that of a `Window`, and a factor that makes the mean for each pixel.
+        A table like that of `Window`, and for each pixel of the output one over its taps.
     """
     rows, columns = (
         [
@@ -154,56 +161,131 @@ def adaptive_windows(size: Pair, output: Pair) -> tuple[Integers, Floats]:
 
 @dataclass(frozen=True)
 class Layer:
-    """One operation on values of the network, which are numbered.
+    """What all layers have: the values of the network that they read and write, by number.
 
     Args:
-        kind: `"convolution"`, `"scale"`, `"pool"`, `"add"`, `"multiply"`, `"activate"`, `"flatten"`
-            or `"concatenate"`.
-        name: Of the operation in the traced model, for messages.
-        inputs: Values it reads: of an `add` one or two, of a `multiply` two, the second perhaps of
-            one pixel, of a `concatenate` any number.
+        inputs: The values it reads.
         output: The value it writes.
-        window: Of a convolution or `scale`: what its taps read.
-        table: Of a `pool`, as that of a `Window`.
-        weight: Of shape `(outputs, inputs / groups, taps)`; of a `scale` `(channels, 1, 1)`.
-        bias: `(outputs,)`.
-        groups: Of the convolution.
-        mean: Of a `pool`, one factor per pixel of the output; None takes the maximum.
-        function: Of an `activate`: `"sigmoid"`, `"hardsigmoid"`, `"silu"` or `"hardswish"`.
-        residual: A value that is added to the convolution before the clamp.
-        low: The result is clamped from below; 0 is ReLU.
-        high: The result is clamped from above; 6, with `low` 0, is ReLU6.
     """
 
-    kind: str
-    name: str
     inputs: tuple[int, ...]
     output: int
-    window: Window | None = None
-    table: Integers | None = None
-    weight: Weight | None = None
-    bias: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Convolution(Layer):
+    """A sum over weights, and perhaps a residual; a `Linear` is one of a single pixel.
+
+    Its inputs are what it convolves and, if there is one, the residual, which is added before the
+    result is clamped.
+
+    Args:
+        window: What its taps read.
+        weight: Of shape `(outputs, inputs / groups, taps)`.
+        bias: `(outputs,)`.
+        groups: As those of `nn.Conv2d`.
+        bounds: Of the result.
+    """
+
+    window: Window
+    weight: Weight
+    bias: Floats
     groups: int = 1
-    mean: Floats | None = None
-    function: str | None = None
-    residual: int | None = None
-    low: float = -INFINITY
-    high: float = INFINITY
+    bounds: Bounds = UNBOUNDED
 
     @property
-    def reads(self) -> tuple[int, ...]:
-        """All values that it reads."""
-        return self.inputs if self.residual is None else (*self.inputs, self.residual)
+    def residual(self) -> int | None:
+        """The value that is added, if any."""
+        return self.inputs[1] if len(self.inputs) > 1 else None
 
     @property
     def depthwise(self) -> bool:
-        """Whether it is a convolution of each channel alone."""
-        return self.weight is not None and self.weight.shape[:2] == (self.groups, 1)
+        """Whether it convolves each channel alone."""
+        return self.weight.shape[:2] == (self.groups, 1)
 
-    @property
-    def clamped(self) -> bool:
-        """Whether an activation has been fused into it."""
-        return self.low != -INFINITY or self.high != INFINITY
+
+@dataclass(frozen=True)
+class Scale(Layer):
+    """Each channel times its factor, plus its offset, as BatchNorm is; only until layers are fused.
+
+    Args:
+        size: Height and width.
+        factor: `(channels,)`.
+        offset: `(channels,)`.
+    """
+
+    size: Pair
+    factor: Floats
+    offset: Floats
+
+    def as_convolution(self) -> Convolution:
+        """A depthwise 1x1 convolution that computes the same."""
+        window = Window(self.size, kernel=(1, 1), output=self.size)
+        weight = Weight.from_dense(self.factor[:, None, None])
+        return Convolution(
+            self.inputs, self.output, window, weight, self.offset, groups=len(self.factor)
+        )
+
+
+@dataclass(frozen=True)
+class Pool(Layer):
+    """The maximum or the mean over a window of each channel.
+
+    Args:
+        table: What its taps read, like that of `Window`.
+        mean: For each pixel of the output what turns the sum into the mean; None takes the maximum.
+    """
+
+    table: Integers
+    mean: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Add(Layer):
+    """The sum of two values of one shape.
+
+    Args:
+        bounds: Of the result.
+    """
+
+    bounds: Bounds = UNBOUNDED
+
+
+@dataclass(frozen=True)
+class Clamp(Layer):
+    """A value clamped to bounds, as by ReLU.
+
+    Args:
+        bounds: Of the result.
+    """
+
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class Multiply(Layer):
+    """A value times a second one of its shape, or of one pixel: a factor for each channel."""
+
+
+@dataclass(frozen=True)
+class Activation(Layer):
+    """A smooth function of each float.
+
+    Args:
+        function: `"sigmoid"`, `"hardsigmoid"`, `"silu"` or `"hardswish"`.
+    """
+
+    function: str
+
+
+@dataclass(frozen=True)
+class Flatten(Layer):
+    """All pixels of all channels as features."""
+
+
+@dataclass(frozen=True)
+class Concatenate(Layer):
+    """The channels of all inputs, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -211,11 +293,11 @@ class Network:
     """Layers in the order they run.
 
     Args:
-        layers: They read value 0, the input, and what earlier ones wrote.
+        layers: They read value 0, which is the input, and what earlier layers wrote.
         shapes: Of each value, for one sample.
         output: The value that is the result.
-        input_shape: Of one sample, as it comes.
-        output_shape: Of one sample, as it is given back.
+        input_shape: Of one sample, as it is given.
+        output_shape: Of one sample, as it is returned.
     """
 
     layers: tuple[Layer, ...]
@@ -226,7 +308,7 @@ class Network:
 
 
 def fuse(layers: list[Layer], output: int) -> list[Layer]:
-    """Merge BatchNorm, additions and activations into the convolutions that make their input.
+    """Merge scales, additions and clamps into the layers that make their inputs.
 
     Args:
         layers: In the order they run.
@@ -234,45 +316,40 @@ def fuse(layers: list[Layer], output: int) -> list[Layer]:
     """
     while (fused := _fuse_once(layers, output)) is not None:
         layers = fused
-    return [_convolution(layer) if layer.kind == "scale" else layer for layer in layers]
-
-
-def _convolution(layer: Layer) -> Layer:
-    """A scale that nothing took in, as a depthwise 1x1 convolution."""
-    assert layer.weight is not None
-    return replace(layer, kind="convolution", groups=layer.weight.shape[0])
+    return [layer.as_convolution() if isinstance(layer, Scale) else layer for layer in layers]
 
 
 def _fuse_once(layers: list[Layer], output: int) -> list[Layer] | None:
     """Merge one layer with the one that makes its input; None when there is nothing to merge."""
     made_by = {layer.output: layer for layer in layers}
-    uses = [value for layer in layers for value in layer.reads] + [output]
+    uses = [value for layer in layers for value in layer.inputs] + [output]
     for at, layer in enumerate(layers):
         for value in layer.inputs:
             before = made_by.get(value)
-            if before is None or uses.count(value) > 1 or before.clamped:
+            if before is None or uses.count(value) > 1:
                 continue
-            if (fused := _fused(before, layer)) is not None:
+            if (merged := _merge(before, layer)) is not None:
                 # It runs where the later one did: by then all that it reads is there.
-                merged = (*layers[:at], fused, *layers[at + 1 :])
-                return [each for each in merged if each is not before]
+                rest = (*layers[:at], merged, *layers[at + 1 :])
+                return [each for each in rest if each is not before]
     return None
 
 
-def _fused(before: Layer, layer: Layer) -> Layer | None:
-    changes: dict[str, Any] = {"output": layer.output, "low": layer.low, "high": layer.high}
-    if layer.kind == "add" and len(layer.inputs) == 1 and before.kind in ("convolution", "add"):
-        return replace(before, **changes)
-    if before.kind != "convolution" or before.residual is not None:
+def _merge(before: Layer, layer: Layer) -> Layer | None:
+    """One layer that computes what two do, one after the other; None if there is none."""
+    if not isinstance(before, Convolution | Add) or before.bounds != UNBOUNDED:
         return None
-    if layer.kind == "scale":
-        assert before.weight is not None and before.bias is not None
-        assert layer.weight is not None and layer.bias is not None
-        factor = np.zeros(len(layer.bias))
-        factor[layer.weight.index] = layer.weight.value
-        bias = (before.bias * factor + layer.bias).astype(np.float32)
-        return replace(before, weight=before.weight.scaled(factor), bias=bias, **changes)
-    if layer.kind == "add":
+    if isinstance(layer, Clamp):
+        return replace(before, output=layer.output, bounds=layer.bounds)
+    if not isinstance(before, Convolution) or before.residual is not None:
+        return None
+    if isinstance(layer, Scale):
+        factor = layer.factor.astype(np.float64)
+        bias = (before.bias * factor + layer.offset).astype(np.float32)
+        weight = before.weight.scaled(factor)
+        return replace(before, output=layer.output, weight=weight, bias=bias)
+    if isinstance(layer, Add):
         (residual,) = set(layer.inputs) - {before.output}
-        return replace(before, residual=residual, **changes)
+        inputs = (*before.inputs, residual)
+        return replace(before, inputs=inputs, output=layer.output, bounds=layer.bounds)
     return None

@@ -25,9 +25,9 @@ from pruneflow.deploy.runtime.tuning import Choices, aligned, choose, race
 from pruneflow.structure.running import copied
 
 _TOLERANCE = 1e-4  # of the check at the end of compiling, relative in norm
-_MOST_ACTIVATIONS = 2**23  # floats for a thread, beyond which several samples at once do not pay
-_MOST_THREADS = 1024
-Kind = tuple[bool, int]  # of a plan: whether the layout is `lanes`, and samples at once
+_MAX_ACTIVATIONS = 2**23  # floats for a thread, beyond which several samples at once do not pay
+_MAX_THREADS = 1024
+PlanKind = tuple[bool, int]  # whether the layout is `lanes`, and samples at once
 
 
 def sparse_compile(
@@ -38,44 +38,47 @@ def sparse_compile(
     The whole network runs in one native call: BatchNorm is folded, ReLU and residual additions are
     part of the convolutions, and each convolution multiplies only by the weights that survived.
     Which of several ways is fastest for a layer and for a batch size is found by timing them while
-    compiling, so that the last bits of the result may differ from one compilation to the next.
-    Weights whose taps only ever read padding are left out too; shrinking first (`shrink`) adds to
-    that only where whole channels or branches died.
+    compiling, so the last bits of the result may differ from one compilation to the next. Weights
+    whose taps only ever read padding are left out too. Shrinking the model first (`shrink`) helps
+    only where whole channels or branches are gone.
 
     It knows Conv2d, Linear, BatchNorm, ReLU, ReLU6, Hardtanh, Sigmoid, Hardsigmoid, SiLU,
     Hardswish, additions, products (squeeze-and-excitation), scales and offsets of channels, max,
     average and adaptive average pooling, zero padding, concatenation, flattening and dropout, as
-    modules or functions, and subclasses that add some of these to a layer. The result takes any
-    batch size, and pictures of the size of the example; compile once for each size.
+    modules or functions, and subclasses that add some of these to a layer. The result takes batches
+    of any size, and images of the size of the example; compile once for each image size.
 
     Args:
-        model: A float32 model on the CPU; it is left as it is and used in evaluation mode.
+        model: A float32 model on the CPU. It is not changed, and compiled in evaluation mode.
         example_input: A batch of any size, `(batch, channels, height, width)` or
             `(batch, features)`.
-        threads: How many work; None takes `torch.get_num_threads()`.
+        threads: How many threads work; None takes `torch.get_num_threads()`.
 
     Returns:
-        A module for inference: it has no parameters and gives no gradients. Where there is no C++
-        compiler it is a copy of the dense model, and a warning says so.
+        A module for inference, without parameters or gradients. Where there is no C++ compiler it
+        is a copy of the dense model, and a warning says so.
 
     Raises:
         ValueError: If the model cannot be traced or has an operation that the runtime does not
-            know, which is named; or `threads` or the types of the tensors do not fit.
-        RuntimeError: If the result differs from the model's; both are compared once compiled. Or if
-            the system does not let this process start so many threads.
+            know, which is named; or if `threads` or the types of the tensors do not fit.
+        RuntimeError: If the compiled model does not give what `model` gives, which is checked once
+            it is compiled; or if the system does not let this process start so many threads.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 2))
         >>> _ = nn.functional.dropout(model[0].weight.data, 0.9, inplace=True)
-        >>> pictures = torch.randn(5, 3, 8, 8)
-        >>> fast = sparse_compile(model, pictures)
-        >>> torch.allclose(fast(pictures), model(pictures), atol=1e-5)
+        >>> images = torch.randn(5, 3, 8, 8)
+        >>> fast = sparse_compile(model, images)
+        >>> torch.allclose(fast(images), model(images), atol=1e-5)
         True
     """
     if threads is None:
         threads = torch.get_num_threads()
-    if not 1 <= threads <= _MOST_THREADS:
-        raise ValueError(f"`threads` is expected to be 1 to {_MOST_THREADS}, but {threads} came")
+    if not 1 <= threads <= _MAX_THREADS:
+        raise ValueError(
+            f"`threads` must be 1 to {_MAX_THREADS}, got {threads}; try {os.cpu_count()}, the "
+            "number of processors"
+        )
     if not isinstance(example_input, Tensor) or example_input.dim() == 0:
         came = "one number" if isinstance(example_input, Tensor) else type(example_input).__name__
         raise ValueError(
@@ -86,14 +89,14 @@ def sparse_compile(
     for name, tensor in (("example_input", example_input), *model.named_parameters()):
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(
-                f"`{name}` is expected to be float32 on the CPU, but is {tensor.dtype} on "
-                f"{tensor.device}; convert the model and its input with .float().cpu()"
+                f"`{name}` must be float32 on the CPU, got {tensor.dtype} on {tensor.device}; "
+                "convert the model and its input with .float().cpu()"
             )
     for name, module in model.named_modules():
         if module._forward_pre_hooks or module._forward_hooks:
             raise ValueError(
-                f"`model` is expected to have no hooks, which would not run, but {name!r} has; "
-                "remove them, those of torch.nn.utils.prune with prune.remove or fold_model"
+                f"`model` must have no hooks, which would not run, got some on {name!r}; remove "
+                "them, those of torch.nn.utils.prune with prune.remove or fold_model"
             )
     dense = copied(model).eval().requires_grad_(False)
     network = capture(dense, example_input)
@@ -121,7 +124,7 @@ def sparse_compile(
         difference = compiled.difference(batch, dense(batch.clone()))
     if not difference <= _TOLERANCE:
         raise RuntimeError(
-            "the compiled model is expected to give what `model` gives, but differs by "
+            "the compiled model must give what `model` gives, got a difference of "
             f"{difference:.2g} relative in norm; please report this model"
         )
     compiled._tune()
@@ -132,7 +135,7 @@ _models: weakref.WeakSet[SparseModel] = weakref.WeakSet()
 
 
 def _renew_locks() -> None:
-    """In a forked child nobody would ever give back a lock that another thread held."""
+    """In a forked child, nobody would ever release a lock that another thread held."""
     for model in _models:
         model._lock = threading.Lock()
 
@@ -142,19 +145,19 @@ if hasattr(os, "register_at_fork"):
 
 
 class SparseModel(nn.Module):
-    """What `sparse_compile` gives: a network and plans for several numbers of samples at once.
+    """What `sparse_compile` returns: a network and plans for several numbers of samples at once.
 
-    It can be copied and pickled; a copy on another machine needs a compiler there.
+    It can be copied and pickled; unpickling needs a C++ compiler.
 
     Args:
         network: From `graph.capture`.
         machine: What plans are made for.
         choices: How convolutions are computed, for the layouts `lanes` (True) and `pixels`.
-        flags: The kernels are built with.
+        flags: Of the compiler that builds the kernels.
 
     Attributes:
-        costs: Seconds that each kind of plan takes, for each thread on its own samples and for all
-            together.
+        costs: Seconds that a plan of each kind takes, with threads that work each on its own
+            samples, and with threads that work on the same samples.
     """
 
     def __init__(
@@ -166,7 +169,7 @@ class SparseModel(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.machine, self.choices, self.flags = network, machine, choices, flags
-        self.costs = _kinds(network, machine)
+        self.costs = _plan_kinds(network, machine)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -196,14 +199,14 @@ class SparseModel(nn.Module):
         here = toolchain.machine(toolchain.load(self.flags), self.machine.threads)
         if here == self.machine:
             self._prepare()
-        else:  # vectors are of another size here, and what was fastest there says nothing
+        else:  # such as vectors of another size: what was fastest there says nothing
             self.machine, self.choices = here, {False: {}, True: {}}
-            self.costs = _kinds(self.network, here)
+            self.costs = _plan_kinds(self.network, here)
             self._prepare()
             self._tune()
 
     def extra_repr(self) -> str:
-        """Layers, threads and how many samples run at once."""
+        """Layers, threads and the numbers of samples that plans are made for."""
         samples = sorted({samples for _, samples in self.costs})
         return f"layers={len(self.network.layers)}, threads={self.machine.threads}, {samples=}"
 
@@ -211,10 +214,13 @@ class SparseModel(nn.Module):
         """Compute a batch of any size.
 
         Args:
-            batch: float32 on the CPU, `(batch, ...)` with the rest as in the example.
+            batch: float32 on the CPU, `(batch, ...)`, the rest as in the example.
+
+        Raises:
+            ValueError: If it is another type or shape, or does not lie in memory as it looks.
         """
         prepared = self._calls.get(batch.shape)
-        # What Python does here, it does with cold caches: it took a quarter of a small call.
+        # As little as can be: what Python does here took a quarter of a small call.
         plain = type(batch) is Tensor and batch.is_cpu and not batch.is_neg()
         if prepared is None or batch.dtype is not torch.float32 or not plain:
             prepared = self._calls[batch.shape] = self._prepared_for(batch)
@@ -224,25 +230,25 @@ class SparseModel(nn.Module):
         shape = self.network.input_shape
         if batch.dtype != torch.float32 or batch.device.type != "cpu" or batch.shape[1:] != shape:
             raise ValueError(
-                f"`batch` is expected to be float32 on the CPU of shape (any, "
-                f"{', '.join(map(str, shape))}), but {batch.dtype} on {batch.device} of shape "
-                f"{tuple(batch.shape)} came; call sparse_compile again with such an example"
+                f"`batch` must be float32 on the CPU of shape (any, {', '.join(map(str, shape))}), "
+                f"got {batch.dtype} on {batch.device} of shape {tuple(batch.shape)}; convert it "
+                "with .float().cpu(), or call sparse_compile again for another shape"
             )
         if type(batch) not in (Tensor, nn.Parameter) or batch.is_neg():
             what = "a negative view" if batch.is_neg() else f"a {type(batch).__name__}"
             raise ValueError(
-                f"`batch` is expected to be a plain tensor, but {what} came, which may not lie in "
-                "memory as it looks; give batch.as_subclass(torch.Tensor).resolve_neg()"
+                f"`batch` must be a plain tensor, got {what}, which may not lie in memory as it "
+                "looks; try batch.as_subclass(torch.Tensor).resolve_neg()"
             )
         key, together = self._best(len(batch))
         return self._prepared(len(batch), self._plans[key], together)
 
     def difference(self, batch: Tensor, expected: Tensor) -> float:
-        """The most by which a plan's result differs from `expected`, relative in norm.
+        """The largest difference of a plan's result from `expected`, relative in norm.
 
         Args:
             batch: See `forward`.
-            expected: What the dense model gives for it.
+            expected: What the dense model returns for it.
         """
         errors = [
             float((self._run(batch, self._prepared(len(batch), plan, together)) - expected).norm())
@@ -255,7 +261,7 @@ class SparseModel(nn.Module):
     def _tune(self) -> None:
         """Time the plans, and keep those that are the fastest for some batch size.
 
-        Nobody may call the model meanwhile.
+        The model must not be called meanwhile.
         """
         threads = self.machine.threads
         runs = {}
@@ -274,8 +280,10 @@ class SparseModel(nn.Module):
         self._calls.clear()
         self._arena = np.empty(0, np.float32)
 
-    def _best(self, count: int) -> tuple[Kind, bool]:
-        def seconds(option: tuple[Kind, bool]) -> float:
+    def _best(self, count: int) -> tuple[PlanKind, bool]:
+        """The fastest kind of plan for so many samples, and whether threads work together."""
+
+        def seconds(option: tuple[PlanKind, bool]) -> float:
             key, together = option
             pieces = math.ceil(count / key[1])
             alone = math.ceil(pieces / self.machine.threads)
@@ -309,7 +317,7 @@ class SparseModel(nn.Module):
 def _too_many(threads: int) -> RuntimeError:
     return RuntimeError(
         f"`threads` must be as few as the system lets this process start, got {threads}; try "
-        f"{os.cpu_count()}, which is how many processors there are"
+        f"{os.cpu_count()}, the number of processors"
     )
 
 
@@ -319,15 +327,15 @@ class _Prepared(NamedTuple):
     kept: tuple[Call, Plan]
 
 
-def _kinds(network: Network, machine: Machine) -> dict[Kind, tuple[float, float]]:
-    """For each kind of plan that may pay, no seconds yet: see `SparseModel.costs`."""
+def _plan_kinds(network: Network, machine: Machine) -> dict[PlanKind, tuple[float, float]]:
+    """The kinds of plans that may pay, not timed yet: see `SparseModel.costs`."""
     kinds = [(False, 1), (False, 2), (False, 4)]
     kinds += [(True, machine.lanes * vectors) for vectors in (1, 2, 4)]
     return {kind: (0.0, 0.0) for kind in kinds if _pays(network, machine, kind)}
 
 
-def _pays(network: Network, machine: Machine, kind: Kind) -> bool:
-    """Whether a kind of plan may: one of big pictures only sample by sample."""
+def _pays(network: Network, machine: Machine, kind: PlanKind) -> bool:
+    """Whether a kind of plan may pay: for big images, only one of a single sample."""
     lanes, samples = kind
     floats = activations(network, machine, samples, lanes=lanes)
-    return samples == 1 or floats <= _MOST_ACTIVATIONS
+    return samples == 1 or floats <= _MAX_ACTIVATIONS

@@ -8,30 +8,36 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pruneflow.deploy.runtime.layers import Integers, Layer
+from pruneflow.deploy.runtime.layers import Convolution, Integers
 
 
 class Survivors:
-    """Weights that are not zero and whose tap is ever on a pixel of the input."""
+    """Weights that are not zero and whose tap is ever on a pixel of the input.
 
-    def __init__(self, layer: Layer) -> None:
-        assert layer.weight is not None and layer.window is not None
-        output, channel, tap = layer.weight.places
+    Attributes:
+        output: Output channel of each.
+        channel: Input channel of each, of all groups.
+        tap: Of each.
+        weight: The values.
+    """
+
+    def __init__(self, layer: Convolution) -> None:
+        output, channel, tap = layer.weight.coordinates
         reached: npt.NDArray[Any] = np.any(layer.window.table >= 0, axis=1)[tap]
         outputs, inputs = layer.weight.shape[0] // layer.groups, layer.weight.shape[1]
         self.output, self.tap = output[reached], tap[reached]
         self.channel = channel[reached] + self.output // outputs * inputs
-        self.weight = layer.weight.value[reached]
+        self.weight = layer.weight.values[reached]
 
-    def where(self, index: npt.NDArray[Any], chosen: npt.NDArray[Any]) -> tuple[Any, ...]:
-        """Output, index and value of those that are chosen."""
+    def select(self, index: npt.NDArray[Any], chosen: npt.NDArray[Any]) -> tuple[Any, ...]:
+        """Output channel, index and value of those that are chosen, a list for `pack`."""
         return self.output[chosen], index[chosen], self.weight[chosen]
 
 
 def pack(
     lists: Sequence[tuple[Any, ...]], group: int, order: Integers, cuts: npt.NDArray[Any]
 ) -> tuple[Integers, Integers]:
-    """Pack weights by groups of output channels.
+    """Pack lists of weights by groups of output channels.
 
     Args:
         lists: Output channels, indices and values of the weights, of each list.
@@ -40,8 +46,8 @@ def pack(
         cuts: Where the second and each following range of the indices begins.
 
     Returns:
-        Entries, an index and the bits of `group` weights each; and where those of a group begin,
-        `[list][range][group]`.
+        Entries, which are an index and the bits of `group` weights each; and where the entries of a
+        group begin, `[list][range][group]`.
     """
     blocks, groups = len(cuts) + 1, len(order)
     rank = np.argsort(order)
@@ -72,13 +78,13 @@ def pack_matrix(
 
     Args:
         row: Of each weight.
-        address: Of what it multiplies.
+        address: Of the input that each weight is multiplied by.
         weight: The values.
         order: Of the rows, such that within a group of them no longer one follows a shorter one.
         lanes: Rows in a group.
 
     Returns:
-        Entries; and where those of a group begin, and at last end.
+        Entries; and where those of each group begin, and the last end.
 
     Example:
         >>> row, address, weight = np.array([0, 1, 1]), np.array([7, 8, 9]), np.zeros(3)
@@ -91,9 +97,9 @@ def pack_matrix(
     rank[order] = np.arange(rows)
     by_row = np.lexsort((address, row))
     row, address, weight = row[by_row], address[by_row], weight[by_row]
-    turn = np.arange(len(row)) - np.searchsorted(row, row)  # the first of its row and so on
+    turn = np.arange(len(row)) - np.searchsorted(row, row)  # 0 for the first of its row, and so on
     group, lane = np.divmod(rank[row], lanes)
-    # In each turn of a group the rows that are so long take part, which are its first ones.
+    # In each turn of a group, the rows that are long enough take part: its first ones.
     turns, part, present = np.unique(
         group * (turn.max(initial=0) + 1) + turn, return_inverse=True, return_counts=True
     )
@@ -110,15 +116,15 @@ def pack_matrix(
 def order_in_shares(
     sizes: npt.NDArray[Any], shares: int, unit: int
 ) -> tuple[npt.NDArray[np.int64], Integers]:
-    """Share out neighbours, and sort each share by size.
+    """Share out neighbours between threads, and sort each share by size.
 
     Args:
         sizes: Of what is shared out, or all negative: then the largest come first.
         shares: How many.
-        unit: Of how many neighbours none are parted.
+        unit: How many neighbours stay together.
 
     Returns:
-        The order; and where in it each share begins, and at last ends.
+        The order; and where in it each share begins, and the last ends.
 
     Example:
         >>> order, split = order_in_shares(np.array([9, 1, 5, 6, 2, 3]), shares=2, unit=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from pruneflow.deploy.runtime.layers import Integers
 
-MOST_ROWS = 8
-MOST_POSITIONS = 8  # of layers whose vectors hold output channels, or rows of a matrix
-SIZES = (8, 6, 4, 3, 2, 1)  # rows and columns of tiles that there are kernels for
+MAX_ROWS = 8  # of a tile
+MAX_POSITIONS = 8  # of layers whose vectors hold output channels, or rows of a matrix
+TILE_SIZES = (8, 6, 4, 3, 2, 1)  # rows and columns of tiles that there are kernels for
 KINDS = {
     **{"load": 0, "store": 1, "convolution": 2, "pool": 3, "add": 4, "flatten": 5},
     **{"matrix": 6, "activate": 7, "multiply": 8, "depthwise": 9},
@@ -21,33 +21,28 @@ KINDS = {
 FUNCTIONS = {"sigmoid": 0, "hardsigmoid": 1, "silu": 2, "hardswish": 3}
 _NUMBERS = (
     *("kind", "lanes", "samples", "in", "extra", "out", "in_stride", "out_stride"),
-    *(
-        "channels",
-        "pixels",
-        "function",
-        "whole",
-        "extra_stride",
-        "group",
-        "groups",
-        "blocks",
-        "positions",
-    ),
-    *("unit", "column_step"),
+    *("channels", "pixels", "function", "whole", "extra_stride"),
+    *("group", "groups", "blocks", "positions", "unit", "column_step"),
     *("rows", "panel_pixels", "panel_lanes", "by_tile", "tiles", "tiles_per_panel", "taps"),
 )
 ARRAYS = (
     *("tile", "pointer", "entries", "order", "bias", "split", "cut", "row_source", "tap_row"),
     *("table", "base", "scale"),
 )
+# The structs of kernels/runtime.h, which says what their fields are.
 STEP = np.dtype(
     [(name, np.int64) for name in _NUMBERS]
     + [(name, np.uintp) for name in ARRAYS]
     + [("low", np.float32), ("high", np.float32)]
 )
+TILE = np.dtype(
+    [(name, np.int32) for name in ("rows", "columns", "list")]
+    + [(name, np.int32, MAX_ROWS) for name in ("in", "out")]
+)
 
 
 class Call(ctypes.Structure):
-    """How a batch of a size is computed; `Plan.call` makes it, and lives as long."""
+    """How a batch is computed, made by `Plan.call`; it is valid as long as that plan lives."""
 
     _fields_ = (
         ("steps", ctypes.c_void_p),
@@ -57,6 +52,9 @@ class Call(ctypes.Structure):
     )
 
 
+STRUCTS = {"Step": STEP, "Tile": TILE, "Call": np.dtype(Call)}
+
+
 @dataclass(frozen=True)
 class Machine:
     """What plans are made for.
@@ -64,21 +62,21 @@ class Machine:
     Args:
         lanes: Floats in a vector.
         registers: Vectors that the processor holds.
-        threads: That work together.
+        threads: How many work together.
     """
 
     lanes: int
     registers: int
     threads: int
 
-    def sums(self, group: int) -> int:
+    def max_sums(self, group: int) -> int:
         """The most vectors of a tile whose sums, for `group` channels, stay in the registers."""
         return (24 if self.registers == 32 else 12) // group
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a convolution is computed; which is fastest is found by timing.
+    """How a convolution is computed; which choice is fastest is found by timing.
 
     Args:
         group: Output channels computed together, reading a weight of each wherever one of them
@@ -98,38 +96,38 @@ class Choice:
     matrix: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """Steps for a number of samples at once.
+    """The steps that compute a network for a number of samples at once.
 
     Args:
         steps: An array of `STEP`.
-        samples: At once.
-        activations: Floats that they need.
+        samples: How many at once.
+        activations: Floats that the activations need.
         panel: Floats that each thread needs besides.
-        made: The value that each step writes.
-        kept: The arrays that the steps point to.
+        outputs: The value of the network that each step writes.
+        arrays: What the steps point to, kept alive.
     """
 
     steps: npt.NDArray[Any]
     samples: int
     activations: int
     panel: int
-    made: list[int]
-    kept: list[npt.NDArray[Any]] = field(default_factory=list)
+    outputs: list[int]
+    arrays: list[npt.NDArray[Any]]
 
     def arena(self, threads: int) -> int:
-        """Floats that many threads need, on the same samples or each on its own."""
+        """Floats that so many threads need, on the same samples or each on its own."""
         return (self.activations + self.panel) * threads
 
     def call(self, count: int, *, threads: int, together: bool, seconds: int | None = None) -> Call:
-        """What `pruneflow_run` is told, beside where input, output and an arena lie.
+        """What `pruneflow_run` is given, beside the addresses of input, output and arena.
 
         Args:
-            count: Of samples.
+            count: Samples in the batch.
             threads: How many work.
-            together: Whether on the same samples, or each on its own.
-            seconds: Address of a float64 for each step, to be told how long it took.
+            together: Whether all threads work on the same samples, or each on its own.
+            seconds: Address of a float64 for each step that takes how long it ran, or None.
         """
         return Call(
             *(self.steps.ctypes.data, len(self.steps), count, self.activations, self.panel),
@@ -139,11 +137,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the floats of an activation lie.
+    """How the floats of an activation are laid out.
 
     Args:
-        samples: At once.
-        lanes: Whether samples of a pixel lie side by side; otherwise pixels do.
+        samples: How many at once.
+        lanes: Whether a vector holds samples of one pixel; otherwise it holds pixels.
         width: Floats of a vector.
     """
 
@@ -171,10 +169,10 @@ class Layout:
         return min(size for size in (4, 8, self.width) if size >= floats)
 
     def table(self, table: Integers, pixels: int) -> Integers:
-        """A table of taps for all samples: of `pixels`, padded to whole vectors.
+        """The table of taps for all samples, padded to whole vectors.
 
         Args:
-            table: Of one sample, see `graph.window`.
+            table: Of one sample, see `Window`.
             pixels: Of the input.
         """
         if self.lanes:

@@ -1,4 +1,4 @@
-"""Build the native code of the sparse runtime for the machine at hand, and keep what was built."""
+"""Build the native code of the sparse runtime for this machine, and keep it in a cache."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pruneflow.deploy.runtime.plans import STEP, Machine
+from pruneflow.deploy.runtime.plans import STRUCTS, Machine
 from pruneflow.files import sweep
 
 KERNELS = Path(__file__).with_name("kernels")
-# What the compiler may change of the arithmetic: only that the hardware raises no flags. Sums are
-# not reordered and NaN and infinities are what they are in PyTorch.
+# The compiler may fuse multiply-adds and drop the flags that the hardware raises, nothing else: it
+# does not reorder sums, and NaN and infinities are treated as in PyTorch.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _ALWAYS = ("-std=c++17", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-psabi")
 
 
 class NoCompilerError(RuntimeError):
-    """There is no C++ compiler that can build the kernels, or nowhere to put them."""
+    """There is no C++ compiler that can build the kernels, or no folder for them."""
 
 
 def cache_folder() -> Path:
-    """Where built kernels are kept: `PRUNEFLOW_CACHE`, or a folder of the user's cache.
+    """Where kernels are kept: `PRUNEFLOW_CACHE`, or `pruneflow` in the user's cache folder.
 
     Raises:
-        OSError: If the user has no home.
+        OSError: If the user has no home folder.
     """
     if given := os.environ.get("PRUNEFLOW_CACHE"):
         return Path(given)
@@ -49,15 +49,17 @@ def cache_folder() -> Path:
 def load(flags: Sequence[str] = FLAGS) -> ctypes.CDLL:
     """The kernels, loaded from the cache, or built; see kernels/runtime.h for how they are called.
 
-    They are kept by their source, the flags, the compiler's version and the processor. A library is
-    loaded only if it is whole and nobody else could have written it, as its code runs in this
-    process. Where the cache cannot be used, each process builds its own, and a warning says so.
+    The cache distinguishes them by their source, the flags, the compiler's version and the
+    processor. A library is loaded only if it is whole and nobody else could have written it, as its
+    code runs in this process. Where the cache cannot be used, each process builds its own, and a
+    warning says so.
 
     Args:
-        flags: Of the optimizer and the machine.
+        flags: Of the compiler, for optimization and the machine.
 
     Raises:
         NoCompilerError: If there is no compiler, or it fails, or what it built cannot be loaded.
+        RuntimeError: If the structs of the kernels are not those of `plans`.
     """
     compiler = _compiler()
     key = _key(compiler, flags)
@@ -90,12 +92,12 @@ def build(compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Path:
     """Build the shared library of the kernels.
 
     Args:
-        compiler: How it is called.
-        flags: Of the optimizer and the machine.
+        compiler: Its command.
+        flags: For optimization and the machine.
         folder: Where the library goes.
 
     Raises:
-        NoCompilerError: If the compiler fails; says what it said.
+        NoCompilerError: If the compiler fails; the message ends with what it wrote.
     """
     library = folder / "kernels.so"
     sources = [str(file) for file in sorted(KERNELS.glob("*.cpp"))]
@@ -155,18 +157,38 @@ def _refuse_open_to_others(path: Path) -> None:
 def _opened(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.pruneflow_run.argtypes = [ctypes.c_void_p] * 4
-    library.pruneflow_step_bytes.restype = ctypes.c_int64
-    assert library.pruneflow_step_bytes() == STEP.itemsize
+    library.pruneflow_fields.restype = ctypes.c_char_p
+    _check_structs(library.pruneflow_fields().decode())
     return library
 
 
+def _check_structs(reported: str) -> None:
+    """Refuse kernels whose structs differ from those of `plans`.
+
+    Args:
+        reported: What `pruneflow_fields` returns.
+    """
+    rows = (line.split() for line in reported.splitlines())
+    native = {name: (int(offset), int(size)) for name, offset, size in rows}
+    ours = {name: (0, struct.itemsize) for name, struct in STRUCTS.items()}
+    for struct_name, struct in STRUCTS.items():
+        for name, (kind, offset, *_) in (struct.fields or {}).items():
+            ours[f"{struct_name}.{name}"] = offset, kind.itemsize
+    differing = [name for name in ours | native if ours.get(name) != native.get(name)]
+    if differing:
+        raise RuntimeError(
+            f"`{', '.join(differing)}` must lie in kernels/runtime.h as in plans.py, got other "
+            "offsets or sizes; try reinstalling pruneflow, so that both are of one version"
+        )
+
+
 def machine(kernels: ctypes.CDLL, threads: int) -> Machine:
-    """What plans for these kernels are made for."""
+    """What plans for these kernels are made for: their vectors, and so many threads."""
     return Machine(kernels.pruneflow_lanes(), kernels.pruneflow_registers(), threads)
 
 
 def _compiler() -> list[str]:
-    """The one that torch.compile uses on the CPU: `CXX`, or what it finds."""
+    """The command of the compiler that torch.compile uses on the CPU: `CXX`, or what it finds."""
     if given := os.environ.get("CXX"):
         return shlex.split(given)
     from torch._inductor import cpp_builder, exc  # noqa: PLC0415, it takes a second to import

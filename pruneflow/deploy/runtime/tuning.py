@@ -1,8 +1,8 @@
-"""Find the fastest way for each convolution by timing whole networks, step by step.
+"""Find the fastest way to compute each convolution by timing whole networks, step by step.
 
-A layer alone, run over and over, has its weights in a cache that in the network it shares with all
-others. So plans of the whole network are run, one for each way, and each of their steps is timed;
-the least of several turns counts, which what else the machine does hardly touches.
+A layer that is run alone, over and over, has the cache to itself; in the network it shares it with
+all others. So plans of the whole network are run, one for each way, and each of their steps is
+timed. The least of several turns counts, which other load on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pruneflow.deploy.runtime.layers import Layer, Network
+from pruneflow.deploy.runtime.layers import Convolution, Network
 from pruneflow.deploy.runtime.lowering import lower
-from pruneflow.deploy.runtime.plans import KINDS, MOST_POSITIONS, Choice, Machine, Plan
+from pruneflow.deploy.runtime.plans import KINDS, MAX_POSITIONS, Choice, Machine, Plan
 
 _REACH = 9216  # floats; 48 KiB of L1 are 12288
 _DENSE = 0.2  # from what density on channels computed together may gain by sharing their inputs
@@ -29,20 +29,20 @@ Key = TypeVar("Key")
 def choose(
     network: Network, machine: Machine, kernels: ctypes.CDLL, *, samples: int, lanes: bool
 ) -> Choices:
-    """The fastest choices for a layout.
+    """The fastest choice for each convolution in a layout, by the number of the value it writes.
 
     Args:
         network: From `graph.capture`.
         machine: What plans are made for. Its threads are timed together for the layout `pixels`,
             and one of them for `lanes`, as that is how they mostly run.
-        kernels: See `toolchain.load`.
-        samples: At once while it is timed.
-        lanes: The layout.
+        kernels: From `toolchain.load`.
+        samples: How many run at once while they are timed.
+        lanes: Whether the layout is `lanes`; otherwise it is `pixels`.
     """
     options = {
         layer.output: _options(layer, machine, samples, lanes=lanes)
         for layer in network.layers
-        if layer.kind == "convolution"
+        if isinstance(layer, Convolution)
     }
     best = {output: each[0] for output, each in options.items()}
     tried = [
@@ -56,14 +56,14 @@ def choose(
         return best
     least = _step_seconds(plans, kernels, threads=1 if lanes else machine.threads)
     fastest = least.argmin(0)
-    for step, (kind, output) in enumerate(zip(plans[0].steps["kind"], plans[0].made, strict=True)):
+    kinds = plans[0].steps["kind"]
+    for kind, output, way in zip(kinds, plans[0].outputs, fastest, strict=True):
         if kind == KINDS["convolution"]:
-            best[output] = tried[fastest[step]][output]
+            best[output] = tried[way][output]
     return best
 
 
-def _options(layer: Layer, machine: Machine, samples: int, *, lanes: bool) -> list[Choice]:
-    assert layer.weight is not None and layer.window is not None
+def _options(layer: Convolution, machine: Machine, samples: int, *, lanes: bool) -> list[Choice]:
     if layer.depthwise and not lanes:
         return [Choice()]
     options = [Choice(reach=_REACH), Choice()]
@@ -71,7 +71,7 @@ def _options(layer: Layer, machine: Machine, samples: int, *, lanes: bool) -> li
         options += [Choice(reach=_REACH, padded=True), Choice(padded=True)]
     if layer.groups == 1 and layer.weight.density > _DENSE:
         options += [Choice(4, _REACH), Choice(2, _REACH)]
-    if not lanes and len(layer.window.corner) * samples <= MOST_POSITIONS:
+    if not lanes and len(layer.window.corner) * samples <= MAX_POSITIONS:
         options.append(Choice(matrix=True))
         if layer.groups == 1:
             options.append(Choice(machine.lanes))
@@ -81,7 +81,7 @@ def _options(layer: Layer, machine: Machine, samples: int, *, lanes: bool) -> li
 def _step_seconds(
     plans: Sequence[Plan], kernels: ctypes.CDLL, *, threads: int
 ) -> npt.NDArray[np.float64]:
-    """The least seconds of each step of plans of the same steps."""
+    """The least seconds of each step, `(plans, steps)`, of plans of the same layers."""
     arena = aligned(max(plan.arena(threads) for plan in plans))
     samples = plans[0].samples
     batch, out = (
@@ -107,11 +107,11 @@ def _step_seconds(
 
 
 def race(runs: Mapping[Key, Callable[[], object]], budget: float) -> dict[Key, float]:
-    """The least seconds of each, in turns so that what else the machine does touches all alike.
+    """The least seconds of each run, taken in turns so that other load touches all alike.
 
     Args:
         runs: What to time.
-        budget: Seconds for each of them, though no fewer than three turns.
+        budget: Seconds for each run; there are three turns at least.
     """
     least = dict.fromkeys(runs, math.inf)
     end = time.perf_counter() + budget * len(runs)
@@ -127,7 +127,7 @@ def race(runs: Mapping[Key, Callable[[], object]], budget: float) -> dict[Key, f
 
 
 def aligned(floats: int) -> npt.NDArray[np.float32]:
-    """Zeros, as what lies there is computed with where a vector is not full."""
+    """So many floats from a cache line's start; zeros, as vectors that are not full are read."""
     whole = np.zeros(floats + 16, np.float32)
     start = -whole.ctypes.data % 64 // 4
     return whole[start : start + floats]

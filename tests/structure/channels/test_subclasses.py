@@ -251,7 +251,7 @@ def test_what_computes_something_else_stays_whole(make):
     assert ("0.weight", 0) not in members and ("6.weight", 0) in members
     assert remove_channels(model, IMAGES) == 2
     assert torch.allclose(model(IMAGES), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"to consist of operations|to have no hooks"):
+    with pytest.raises(ValueError, match=r"`model` must (consist of operations|have no hooks)"):
         sparse_compile(model, IMAGES)
 
 
@@ -307,7 +307,7 @@ def test_two_names_and_a_scale_in_place(layout):
 def test_a_parametrized_weight_is_not_the_layers_own():
     model = parametrized().eval()
     expected = model(IMAGES)
-    with pytest.raises(ValueError, match="is expected to"):
+    with pytest.raises(ValueError, match="must consist of operations"):
         sparse_compile(model, IMAGES)
     assert torch.allclose(model(IMAGES), expected)
 

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int MOST_SUMS = REGISTERS == 32 ? 24 : 12; // registers left to inputs and the weight
+constexpr int MAX_SUMS = REGISTERS == 32 ? 24 : 12; // registers left to inputs and the weight
 
 // The sums of one group of G output channels at R x Q vectors stay in registers over all surviving
 // weights of the group that fall into the present range of the input. Columns are S vectors apart
@@ -131,7 +131,7 @@ using TileKernel = void (*)(const Step &, const Tile &, const float *, float *, 
 
 // The sizes that lowering.py cuts tiles into.
 template <int G, int R, int Q, int S> constexpr TileKernel kernel() {
-    if constexpr (G * R * Q <= MOST_SUMS)
+    if constexpr (G * R * Q <= MAX_SUMS)
         return tile<Vector, G, R, Q, S>;
     else
         return nullptr;

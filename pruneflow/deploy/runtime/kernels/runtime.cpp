@@ -136,7 +136,6 @@ extern "C" {
 
 int pruneflow_lanes() { return LANES; }
 int pruneflow_registers() { return REGISTERS; }
-int64_t pruneflow_step_bytes() { return sizeof(Step); }
 
 int pruneflow_threads(int threads) {
     return !Pool::instance().run(threads, [](void *, int) {}, nullptr);

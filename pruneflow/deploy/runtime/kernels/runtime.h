@@ -21,7 +21,7 @@
 #define LANES 4
 #define REGISTERS 16
 #endif
-#define MOST_ROWS 8
+#define MAX_ROWS 8
 
 enum Kind : int64_t {
     LOAD,
@@ -41,7 +41,7 @@ enum Function : int64_t { SIGMOID, HARDSIGMOID, SILU, HARDSWISH };
 // share the list of the weights that do not fall on the padding.
 struct Tile {
     int32_t rows, columns, list;
-    int32_t in[MOST_ROWS], out[MOST_ROWS]; // the first column's, in channel 0
+    int32_t in[MAX_ROWS], out[MAX_ROWS]; // the first column's, in channel 0
 };
 
 struct Step {
@@ -104,7 +104,7 @@ struct Call {
 extern "C" {
 int pruneflow_lanes();
 int pruneflow_registers();
-int64_t pruneflow_step_bytes();
+const char *pruneflow_fields(); // lines of a struct's or field's name, offset and bytes
 int pruneflow_threads(int threads); // 0 if so many can be started
 int pruneflow_run(const Call *call, const float *in, float *out, float *arena); // 0 if it ran
 }
