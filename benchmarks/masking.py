@@ -1,11 +1,13 @@
 """What each way to hold masks costs, side by side: time, memory, checkpoints and the prune itself.
 
-    python benchmarks/masking.py [--write] [--sparsity 0.98] [--rounds 5] [--turns 21]
+    python benchmarks/masking.py [--write] [--sparsity 0.98] [--rounds 5] [--blocks 21] [--steps 3]
                                  [--batch 128] [--device cpu]
 
-All ways stay alive in one process and take turns, one step (or one round) each, so that whatever
-else the machine does touches them alike; the median over the turns is printed. `--write` puts the
-tables into README.md. `ModelPruning` is Lightning's callback, driven by hand but for checkpoints.
+All ways stay alive in one process and take turns in random order, a block of steps (or one round)
+each, so that whatever else the machine does touches them alike. A step warms each block up, as the
+way before has filled the caches with weights of its own. Medians over the blocks are printed, of
+ratios to the dense block of the same turn. `--write` puts the tables into README.md. `ModelPruning`
+is Lightning's callback, driven by hand but for checkpoints.
 
 Peak memory is what PyTorch's allocator has given out at most within one training step, weights,
 momentum and masks included, as `torch.profiler` records it; a checkpoint is what
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import tempfile
 import time
@@ -189,8 +192,10 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def times(case: Case, turns: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each training step at full sparsity, and of each round."""
+def times(
+    case: Case, blocks: int, size: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of a training step at full sparsity, by block, and of each round."""
     built = {name: case.build(way) for name, way in WAYS.items()}
     steps: dict[str, list[float]] = {name: [] for name in WAYS}
     rounds: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -199,11 +204,13 @@ def times(case: Case, turns: int) -> tuple[dict[str, list[float]], dict[str, lis
     for k in range(1, case.schedule.rounds + 1):
         for name, (_, _, prune_round) in built.items():
             rounds[name].append(seconds(partial(prune_round, k)))
-    for turn in range(turns + 2):
-        for name, (model, optimizer, _) in built.items():
-            passed = seconds(partial(step, model, optimizer))
-            if turn >= 2:  # the first two warm caches and allocators up
-                steps[name].append(passed)
+    order = random.Random(0)
+    for _ in range(blocks):
+        for name in order.sample(list(WAYS), len(WAYS)):
+            model, optimizer, _ = built[name]
+            step(model, optimizer)
+            block = [seconds(partial(step, model, optimizer)) for _ in range(size)]
+            steps[name].append(statistics.mean(block))
     return steps, rounds
 
 
@@ -252,10 +259,10 @@ def checkpoint_bytes(way: Way, case: Case) -> int:
         return path.stat().st_size
 
 
-def table(case: Case, turns: int) -> str:
+def table(case: Case, blocks: int, size: int) -> str:
     sizes = {name: checkpoint_bytes(way, case) for name, way in WAYS.items()}
     peaks = {name: peak_bytes(way, case) for name, way in WAYS.items()}
-    steps, rounds = times(case, turns)
+    steps, rounds = times(case, blocks, size)
     rows = [
         "| | step, ms | to dense | peak, MB | to dense | checkpoint, MB | to dense | s a round |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -281,7 +288,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     parser.add_argument("--sparsity", type=float, default=0.98)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that lead to it")
-    parser.add_argument("--turns", type=int, default=21, help="training steps that are measured")
+    parser.add_argument("--blocks", type=int, default=21, help="blocks of training steps")
+    parser.add_argument("--steps", type=int, default=3, help="steps that are measured in a block")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -289,12 +297,12 @@ def main() -> None:
     text = (
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, batch "
         f"{arguments.batch}, {100 * arguments.sparsity:g} % sparse after {arguments.rounds} "
-        f"rounds, medians of {arguments.turns} steps.\n"
+        f"rounds, medians of {arguments.blocks} blocks of {arguments.steps} steps.\n"
     )
     schedule = Compounding(target=arguments.sparsity, rounds=arguments.rounds)
     for title, make in NETWORKS.items():
         case = Case(make, schedule, arguments.batch, arguments.device)
-        text += f"\n{title}:\n\n{table(case, arguments.turns)}\n"
+        text += f"\n{title}:\n\n{table(case, arguments.blocks, arguments.steps)}\n"
     print(text)
     if arguments.write:
         write_between(README, BEGIN, END, text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 
 from pruneflow.distributed import is_sharded, local, place, reshard
 from pruneflow.pruning.masks import MaskSet
+from pruneflow.pruning.optimizers import keeps_zeros, state_of
 from pruneflow.structure.parameters import NORMS, Places, Slot, check_kept, locate, ties
 
 
@@ -49,9 +51,15 @@ class InPlace:
     """Zero pruned weights where they are; the parameters and the `state_dict` stay the dense ones'.
 
     Gradients are masked as soon as autograd has accumulated them, so that clipping, momentum and
-    the optimizer see surviving weights only. Weights are masked after each step of an optimizer
-    that holds them, after `load_state_dict` and before `state_dict`, so that they are exactly +0.0
-    whatever was done to them. Masks take one byte a weight. A copy holds nothing.
+    the optimizer see surviving weights only. Weights are exactly +0.0 after each step of an
+    optimizer that holds them, after `load_state_dict` and in `state_dict`. Masks take one byte a
+    weight. A copy holds nothing.
+
+    On the CPU, the steps of elementwise optimizers of `torch.optim` cost no pass over the weights,
+    as they leave +0.0 alone. If something else changes weights, gradients or the optimizer's state,
+    that is noticed, and masked. PyTorch does not count changes in place through `.data`: those are
+    noticed if they change all of a tensor; others stay until all weights are masked, as in
+    `state_dict`, in `clear`, by the next round and at the end.
 
     Example:
         >>> layer = nn.Linear(3, 1)
@@ -65,8 +73,7 @@ class InPlace:
     """
 
     def __init__(self) -> None:
-        # name -> (parameter, keep bits); int8, -1 where kept and 0 where pruned: see `_clear`.
-        self._held: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._held: dict[str, tuple[nn.Parameter, _Mask]] = {}
         self._names: dict[int, str] = {}  # by the id of the parameter
         self._ties: dict[str, list[str]] = {}
         self._gradient_hooks: dict[str, Any] = {}  # by name
@@ -84,7 +91,7 @@ class InPlace:
     @property
     def held(self) -> Mapping[str, Tensor]:
         """The same without a copy: int8, zero = pruned."""
-        return {name: bits for name, (_, bits) in self._held.items()}
+        return {name: mask.bits for name, (_, mask) in self._held.items()}
 
     def check(self, model: nn.Module, names: Iterable[str]) -> None:
         """Refuse nothing: any tensor can be held."""
@@ -98,7 +105,11 @@ class InPlace:
         slots = locate(model)
         masks.check({name: slot.parameter for name, slot in slots.items()})
         self._model = model
-        self._step_hooks = [o.register_step_post_hook(self._after_step) for o in optimizers]
+        for optimizer in optimizers:
+            self._step_hooks += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
         for name in masks:
             self._hold(name, slots[name].parameter)
         self._watch(slots)
@@ -108,10 +119,10 @@ class InPlace:
     @torch.no_grad()
     def update(self, masks: MaskSet) -> None:
         """Hold `masks` instead."""
-        for name, (parameter, bits) in self._held.items():
-            bits.copy_(masks[name]).neg_()
-            _clear(parameter.detach(), bits)
-            _clear_gradient(bits, parameter)
+        for name, (parameter, mask) in self._held.items():
+            mask.update(masks[name])
+            _clear(parameter.detach(), mask.bits)
+            mask.clear_gradient(parameter)
 
     def refresh(self) -> None:
         """Hold the parameters that the model has now, where others have taken their places.
@@ -125,17 +136,17 @@ class InPlace:
             slots = locate(self._model)
             check_kept(self._ties, slots)
             self.masks.check({name: slot.parameter for name, slot in slots.items()})
-            for name, (parameter, bits) in list(self._held.items()):
+            for name, (parameter, mask) in list(self._held.items()):
                 if slots[name].parameter is not parameter:
-                    self._hold(name, slots[name].parameter).copy_(bits)
+                    self._hold(name, slots[name].parameter).update(mask.bits.bool())
             self._watch(slots)
             self.clear()
 
     @torch.no_grad()
     def clear(self) -> None:
         """Zero the pruned weights again, where something has moved them."""
-        for parameter, bits in self._held.values():
-            _clear(parameter.detach(), bits)
+        for parameter, mask in self._held.values():
+            _clear(parameter.detach(), mask.bits)
 
     def remove(self) -> None:
         """Let go: plain parameters with exact zeros stay, without hooks."""
@@ -147,22 +158,21 @@ class InPlace:
         self._gradient_hooks, self._state_hooks, self._step_hooks = {}, {}, []
         _let_go(self)
 
-    def _hold(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """Hold a parameter under a name; returns its bits, which are still to be filled in."""
+    def _hold(self, name: str, parameter: nn.Parameter) -> _Mask:
+        """Hold a parameter under a name; returns its mask, which is still to be filled in."""
         if name in self._held:
             replaced, _ = self._held[name]
             self._gradient_hooks[name].remove()
             del self._names[id(replaced)]
-        # The same memory layout as the weight, so that each pass runs straight through both.
-        bits = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
-        self._held[name], self._names[id(parameter)] = (parameter, bits), name
+        mask = _Mask(parameter)
+        self._held[name], self._names[id(parameter)] = (parameter, mask), name
         trained = parameter.requires_grad  # a frozen tensor takes no hook, and may thaw
         parameter.requires_grad_()
         # Without `self`, which holds the parameter: such a circle would never be freed.
-        hook = partial(_clear_gradient, bits)
-        self._gradient_hooks[name] = parameter.register_post_accumulate_grad_hook(hook)
+        hook = parameter.register_post_accumulate_grad_hook(mask.clear_gradient)
+        self._gradient_hooks[name] = hook
         parameter.requires_grad_(trained)
-        return bits
+        return mask
 
     def _watch(self, slots: Mapping[str, Slot]) -> None:
         """Notice what is loaded into the held parameters or read, and what takes their places."""
@@ -179,19 +189,134 @@ class InPlace:
             ]
         self._places = Places(self._model)
 
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        _, closure = (*args, kwargs.get("closure"))[:2]
+        if closure is None or not keeps_zeros(optimizer):
+            self._prepare(optimizer)
+            return None
+
+        def and_prepare() -> Any:  # gradients are those that the closure leaves
+            loss = closure()
+            self._prepare(optimizer)
+            return loss
+
+        return args[:1], kwargs | {"closure": and_prepare}
+
+    @torch.no_grad()
+    def _prepare(self, optimizer: Optimizer) -> None:
+        keeps = keeps_zeros(optimizer)
+        for parameter, mask in self._held_by(optimizer):
+            if keeps and parameter.is_cpu and mask.probe is not None:
+                mask.before_step(parameter, state_of(optimizer, parameter))
+            else:  # elsewhere a pass costs no more than to find out whether it is needed
+                mask.zeros_stay = None
+
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self.refresh()
-        for group in optimizer.param_groups:
-            self._clear_those_of(group["params"])
+        for parameter, mask in self._held_by(optimizer):
+            mask.after_step(parameter, state_of(optimizer, parameter))
 
-    def _clear_those_of(self, parameters: Iterable[Tensor]) -> None:
+    def _held_by(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, _Mask]]:
+        for group in optimizer.param_groups:
+            yield from self._among(group["params"])
+
+    def _among(self, parameters: Iterable[Tensor | None]) -> Iterator[tuple[nn.Parameter, _Mask]]:
         for parameter in parameters:
             name = self._names.get(id(parameter))
             if name is not None:
-                # `data` has a version of its own, so that autograd does not take this for a change:
-                # the optimizer has told it of its own, and of others there are none.
-                _clear(parameter.data, self._held[name][1])
+                yield self._held[name]
+
+
+class _Mask:
+    """The mask of one tensor, and what is known of its zeros from one step to the next.
+
+    Elementwise optimizers do the same to all weights that have the same value, gradient and state,
+    and leave +0.0 what has neither gradient nor state. So their steps need no pass over the
+    weights, if before the step the weight, its gradient and state are zero where pruned. PyTorch
+    counts the changes to a tensor; those that have not changed since they were known to be zero
+    are zero still. One pruned weight is looked at after each step, and tells of all.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        # -1 where kept and 0 where pruned: see `_clear`. The same memory layout as the weight, so
+        # that each pass runs straight through both.
+        self.bits = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False)
+        self.zeros_stay: bool | None = None  # through the steps of an optimizer; None = not known
+        self.probe: tuple[int, ...] | None = None  # the place of one pruned weight
+        self._gradient: list[tuple[ref[Tensor], int]] = []  # as it was masked
+        self._state: list[tuple[ref[Tensor], int]] = []  # as the last step left it
+        self._version = 0
+
+    def update(self, mask: Tensor) -> None:
+        """Take over a bool mask, True = keep."""
+        self.bits.copy_(mask).neg_()
+        self.zeros_stay = self.probe = None
+        if self.bits.is_cpu and not is_sharded(self.bits) and self.bits.numel():
+            place = tuple(map(int, torch.unravel_index(self.bits.argmax(), self.bits.shape)))
+            self.probe = place if self.bits[place] == 0 else None
+
+    @torch.no_grad()
+    def clear_gradient(self, parameter: Tensor) -> None:
+        """Zero the gradient where the weight is pruned."""
+        gradient = parameter.grad
+        if gradient is None:  # a hook before this one may have stepped, and dropped it
+            return
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            pruned = self.bits[gradient.indices().unbind()] == 0
+            values = gradient.values().masked_fill(pruned, 0)
+            parameter.grad = torch.sparse_coo_tensor(
+                gradient.indices(),
+                values,
+                gradient.shape,
+                is_coalesced=True,
+                check_invariants=False,
+            )
+        else:
+            _clear(gradient.detach(), self.bits)
+            if self.zeros_stay:
+                self._gradient = _versions([gradient])
+
+    def before_step(self, parameter: Tensor, state: Sequence[Tensor]) -> None:
+        """See to it that weight and gradient are masked, and that state leaves them so."""
+        known = self.zeros_stay is not None and self._version == parameter._version
+        if not (known and _unchanged(self._state, state)):
+            _clear(parameter.data, self.bits)
+            self.zeros_stay = not any(_has_pruned(value, self.bits) for value in state)
+        if self.zeros_stay and parameter.grad is not None:
+            if parameter.grad.is_sparse:  # its zeros are not all treated alike
+                self.zeros_stay = False
+            elif not _unchanged(self._gradient, [parameter.grad]):
+                self.clear_gradient(parameter)
+
+    def after_step(self, parameter: Tensor, state: Sequence[Tensor]) -> None:
+        """Zero the pruned weights again, unless they are known to be."""
+        if not self.zeros_stay or self._has_moved(parameter):
+            # `data` has a version of its own, so that autograd does not take this for a change:
+            # the optimizer has told it of its own, and of others there are none.
+            _clear(parameter.data, self.bits)
+            self.zeros_stay = None if self.zeros_stay is None else False
+        self._version, self._state, self._gradient = parameter._version, _versions(state), []
+
+    def _has_moved(self, parameter: Tensor) -> bool:
+        weight = parameter.detach()[self.probe].item()
+        negative = (math.copysign(1, part) < 0 for part in (weight.real, weight.imag))
+        return weight != 0 or any(negative)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[ref[Tensor], int]]:
+    # Weak, as gradients and state are freed when others let go of them.
+    return [(ref(tensor), tensor._version) for tensor in tensors]
+
+
+def _unchanged(versions: Sequence[tuple[ref[Tensor], int]], tensors: Sequence[Tensor]) -> bool:
+    return len(versions) == len(tensors) and all(
+        known() is tensor and version == tensor._version
+        for (known, version), tensor in zip(versions, tensors, strict=True)
+    )
 
 
 class _Clearing:
@@ -204,7 +329,8 @@ class _Clearing:
         if self._masking is not None:
             if self._refresh:
                 self._masking.refresh()
-            self._masking._clear_those_of(p for p in module._parameters.values() if p is not None)
+            for parameter, mask in self._masking._among(module._parameters.values()):
+                _clear(parameter.data, mask.bits)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Clearing:
         return _Clearing()
@@ -362,6 +488,7 @@ def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:
     return [each.held[name] for each, name in others if name is not None]
 
 
+_PIECE = 2**18  # weights
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -374,29 +501,25 @@ def _clear(tensor: Tensor, bits: Tensor) -> None:
         tensor.masked_fill_(bits == 0, 0)
         return
     # A float AND -1 (all bits set) is itself and a float AND 0 is +0.0, also where it was NaN,
-    # infinite or negative. On CPU this is several times faster than `mul_` or `masked_fill_` with a
-    # bool mask of the same size.
-    tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]).bitwise_and_(bits)
+    # infinite or negative.
+    integers = tensor.view(_INTEGER_OF_SIZE[tensor.element_size()])
+    for piece, bits_of_piece in _pieces(integers, bits):
+        piece.bitwise_and_(bits_of_piece)
 
 
-@torch.no_grad()
-def _clear_gradient(bits: Tensor, parameter: Tensor) -> None:
-    gradient = parameter.grad
-    if gradient is None:  # a hook before this one may have stepped, and dropped it
-        return
-    if gradient.is_sparse:
-        gradient = gradient.coalesce()
-        pruned = bits[gradient.indices().unbind()] == 0
-        values = gradient.values().masked_fill(pruned, 0)
-        parameter.grad = torch.sparse_coo_tensor(
-            gradient.indices(),
-            values,
-            gradient.shape,
-            is_coalesced=True,
-            check_invariants=False,
-        )
-    else:
-        _clear(gradient.detach(), bits)
+def _has_pruned(tensor: Tensor, bits: Tensor) -> bool:
+    """Whether anything that is pruned is not zero."""
+    if tensor.layout != torch.strided:
+        return True
+    return any(bool(((t != 0) & (b == 0)).any()) for t, b in _pieces(tensor, bits))
+
+
+def _pieces(tensor: Tensor, bits: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Parts that fit into the cache of a CPU, which makes copies of the bits in the other dtype."""
+    if not tensor.is_cpu or tensor.numel() <= _PIECE:
+        return [(tensor, bits)]
+    rows = max(1, _PIECE * len(tensor) // tensor.numel())
+    return zip(tensor.split(rows), bits.split(rows), strict=True)
 
 
 def _mask(slot: Slot) -> Tensor:

@@ -7,8 +7,27 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
+# Each does the same to any two weights of the same value, gradient and state, and a weight of +0.0
+# without gradient and state stays +0.0. Not so their subclasses, for all that is known.
+_ELEMENTWISE = frozenset(
+    {SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, ASGD, Rprop}
+)
 OptimizerState = Literal["keep", "zero_pruned", "reset"]
 _WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "optim")  # where wrappers keep theirs
 
@@ -53,6 +72,27 @@ def _plain(optimizer: Any) -> Optimizer:
             )
     found: Optimizer = inner
     return found
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Whether a step leaves weights of +0.0 alone that have neither gradient nor state.
+
+    Known of the elementwise optimizers of `torch.optim`, unless others have hooks on their steps
+    beside the one before and the one after of who asks.
+    """
+    return (
+        type(optimizer) in _ELEMENTWISE
+        and len(optimizer._optimizer_step_pre_hooks) == 1
+        and len(optimizer._optimizer_step_post_hooks) == 1
+        and not torch.compiler.is_compiling()
+    )
+
+
+def state_of(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
+    """What an optimizer remembers of each weight of a parameter: tensors of its shape."""
+    state = optimizer.state.get(parameter, {})  # indexing would make an entry
+    values = (value for value in state.values() if isinstance(value, Tensor))
+    return [value for value in values if value.shape == parameter.shape]
 
 
 @torch.no_grad()
