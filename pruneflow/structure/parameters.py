@@ -160,13 +160,25 @@ def wrapped(module: nn.Module) -> str | None:
     """The attribute in which a wrapper has what it wraps; None of what is no wrapper.
 
     Wrappers are `torch.compile`, `DataParallel` and `DistributedDataParallel`, activation
-    checkpointing and offloading, `AveragedModel`, and what Lightning Fabric sets up.
+    checkpointing and offloading, `AveragedModel`, what Lightning Fabric sets up, and every module
+    whose class names such an attribute in `wraps`.
+
+    Example:
+        >>> class Task(nn.Module):
+        ...     wraps = "network"
+        ...
+        ...     def __init__(self, network):
+        ...         super().__init__()
+        ...         self.network = network
+        >>> list(locate(Task(nn.Linear(2, 2))))
+        ['weight', 'bias']
     """
     for kind in type(module).__mro__:
         attribute = _WRAPPERS.get(kind.__name__)
         if attribute in module._modules:
             return attribute
-    return None
+    attribute = getattr(type(module), "wraps", None)
+    return attribute if isinstance(attribute, str) and attribute in module._modules else None
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -189,8 +201,8 @@ def locate(model: nn.Module) -> dict[str, Slot]:
     """Every parameter of `model` once, by its canonical name.
 
     Canonical names are those of the plain model: without what wrappers put into them, such as
-    `torch.compile` (`_orig_mod.`), and without the `_orig` of `torch.nn.utils.prune`. A tied
-    parameter goes by its first name.
+    `torch.compile` (`_orig_mod.`) or a LightningModule that says what it `wraps`, and without the
+    `_orig` of `torch.nn.utils.prune`. A tied parameter goes by its first name.
 
     Example:
         >>> list(locate(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
@@ -453,11 +465,13 @@ def _no_match(argument: str, pattern: Pattern, slots: Mapping[str, Slot]) -> str
 def unwrap(model: nn.Module) -> nn.Module:
     """The plain model inside `DistributedDataParallel`, `torch.compile` and other wrappers.
 
+    A wrapper to which `fully_shard` was applied stays, as it alone can let go of gathered weights.
+
     Example:
         >>> layer = nn.Linear(2, 2)
         >>> unwrap(nn.DataParallel(layer)) is unwrap(layer) is layer
         True
     """
-    while (attribute := wrapped(model)) is not None:
+    while (attribute := wrapped(model)) is not None and not hasattr(model, "reshard"):
         model = model.get_submodule(attribute)
     return model

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pruneflow import Channels, Pruner
 from pruneflow.structure import layer_types
-from pruneflow.structure.parameters import check_storage, locate, select
+from pruneflow.structure.parameters import check_storage, locate, select, unwrap
 
 
 class Everything(nn.Module):
@@ -326,9 +326,25 @@ def within(wrap):
     return wrapping
 
 
+class Task(nn.Module):
+    """A wrapper of somebody's own, which says where the model is."""
+
+    wraps = "network"
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x)
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
+        Task,
+        lambda model: AveragedModel(Task(torch.compile(model))),
+        within(Task),
         nn.DataParallel,
         nn.parallel.DistributedDataParallel,
         torch.compile,
@@ -358,7 +374,17 @@ def test_names_are_those_of_the_plain_model_in_any_wrapper(one_process, wrap):
     pruner.apply_to(model)
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, checkpoint_wrapper, within(checkpoint_wrapper)])
+@pytest.mark.parametrize("wraps", [None, "nowhere", "forward", 3, ["network"]])
+def test_what_names_no_module_is_no_wrapper(monkeypatch, wraps):
+    monkeypatch.setattr(Task, "wraps", wraps)
+    task = Task(nn.Linear(2, 2))
+    assert list(locate(task)) == ["network.weight", "network.bias"]
+    assert unwrap(task) is task
+
+
+@pytest.mark.parametrize(
+    "wrap", [Task, nn.DataParallel, checkpoint_wrapper, within(checkpoint_wrapper)]
+)
 def test_channels_go_by_the_names_of_the_plain_model_too(wrap):
     torch.manual_seed(0)
     plain = Named()

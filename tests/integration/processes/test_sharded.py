@@ -245,6 +245,41 @@ def test_zeros_hold_through_training_with_fully_shard(two):
     assert first.pruned == round(0.9 * 77)
 
 
+class Task(nn.Module):
+    """A wrapper that is sharded itself: its own group holds the weights of the last layer."""
+
+    wraps = "model"
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, points):
+        return self.model(points)
+
+
+def prune_within_a_sharded_wrapper():
+    task = Task(network())
+    fully_shard(task.model[0])
+    fully_shard(task)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    pruner = Pruner(task, optimizers=[optimizer])
+    points = torch.ones(3, 10)
+    with torch.no_grad():
+        task(points)  # leaves the weights of the last layer gathered
+    masks = whole(pruner.prune_to(0.5))
+    assert same(masks, Pruner(network(), optimizers=[]).prune_to(0.5))
+    task(points).sum().backward()
+    optimizer.step()
+    assert sparsity(task) == masks.sparsity
+    return masks
+
+
+def test_a_wrapper_that_is_sharded_itself(two):
+    first, second = two(prune_within_a_sharded_wrapper)
+    assert same(first, second)
+
+
 def spoilt_where_five(name, tensor, context):
     return tensor.abs().masked_fill(tensor == 5, torch.nan)
 
