@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning import LightningModule
@@ -16,13 +16,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from pruneflow.models.losses import CrossEntropy, Loss
+
 
 class Classifier(LightningModule):
-    """A network trained by cross-entropy.
+    """A network trained to tell classes apart.
 
     Logs loss and accuracy over each epoch: `train_loss`, `train_accuracy`, and the same with `val_`
-    and `test_`. The metrics are kept out of the state_dict, so its keys are the network's, after
-    "network.".
+    and `test_`, where the loss is plain cross-entropy, whatever is trained on. The metrics are kept
+    out of the state_dict, so its keys are the network's, after "network.".
 
     Args:
         network: Images, float32 (B, C, H, W), to logits (B, `num_classes`).
@@ -31,15 +33,18 @@ class Classifier(LightningModule):
         lr_scheduler: Takes the optimizer and `steps_per_epoch`, how many of its steps make an
             epoch, and is stepped after each, such as `partial(multistep, epochs=100)`; None keeps
             the learning rate.
-        label_smoothing: In [0, 1); of the training loss alone.
+        loss: What is trained on: `(logits, labels, images) -> loss`. It is no part of the model,
+            unless it is an `nn.Module`.
         channels_last: Keep network and images in PyTorch's channels-last memory format, which
             convolutions on GPUs in 16 bits prefer.
 
     Attributes:
+        wraps: Where the network is; names of its parameters go without it.
         test_per_class: Accuracy in each class, in [0, 1], after a test; 0 where nothing was tested.
         test_counts: How many images of each class were tested.
     """
 
+    wraps: ClassVar[str] = "network"
     test_per_class: list[float]
     test_counts: list[int]
 
@@ -50,19 +55,15 @@ class Classifier(LightningModule):
         optimizer: Callable[[Iterable[Parameter]], Optimizer],
         lr_scheduler: Callable[..., LRScheduler] | None = None,
         *,
-        label_smoothing: float = 0.0,
+        loss: Loss = CrossEntropy(),  # noqa: B008  it is frozen
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(
-                f"`label_smoothing` is expected in [0, 1), but {label_smoothing} came; 0.1 is usual"
-            )
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = network.to(memory_format=self._memory_format)
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
-        self._label_smoothing = label_smoothing
+        self._loss = loss
         self._train, self._val, self._test = (
             _metrics(stage, num_classes) for stage in ("train", "val", "test")
         )
@@ -76,7 +77,7 @@ class Classifier(LightningModule):
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The loss that is trained, of one batch, without logging or counting it."""
         images, labels = batch
-        return cross_entropy(self(images), labels, label_smoothing=self._label_smoothing)
+        return self._loss(self(images), labels, images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -130,8 +131,10 @@ class Classifier(LightningModule):
     def _step(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        smoothing = self._label_smoothing if metrics is self._train else 0.0
-        loss = cross_entropy(logits, labels, label_smoothing=smoothing)
+        if metrics is self._train:
+            loss = self._loss(logits, labels, images)
+        else:
+            loss = cross_entropy(logits, labels)
         if index == 0:  # not at an epoch's end, which an interrupted epoch never reaches
             metrics.reset()
         predictions = logits.detach().argmax(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -75,8 +76,8 @@ class Layer(TypedDict):
     zeros: int
 
 
-class Facts(TypedDict):
-    """All that a report says about a run, in plain builtins; accuracies are fractions of 1."""
+class Setup(TypedDict):
+    """What is known of a run before any training."""
 
     recipe: str
     command: str
@@ -92,18 +93,23 @@ class Facts(TypedDict):
     costs: str | None  # None: targets count weights
     classes: list[str]
     plan: list[PlannedRound]
+    classifier: Description  # what predicting takes beside the weights
+    frozen: list[str]  # tensors left out because they do not train
+    stay_dense: str  # the trained tensors that are not pruned, in words; empty if there are none
+
+
+class Facts(Setup):
+    """All that a report says about a run, in plain builtins; accuracies are fractions of 1."""
+
     dense: DensePhase
     dense_cached: bool
     rounds: list[FinishedRound]
     final: Final
     size: Size
     layers: list[Layer]
-    classifier: Description  # what predicting takes beside the weights
     example: str | None  # the class of example.png; None: there is no such file
     forms: list[Form]  # empty where none were asked for
     seconds: dict[str, float]  # stage -> wall time
-    frozen: list[str]  # tensors left out because they do not train
-    stay_dense: str  # the trained tensors that are not pruned, in words; empty if there are none
 
 
 def planned_rounds(plan: Plan, weights: int | None) -> list[PlannedRound]:
@@ -140,6 +146,18 @@ def size(report: SparsityReport, folder: Path) -> Size:
         "model_bytes": (folder / "model.safetensors").stat().st_size,
         "packed_bytes": (folder / "model.packed").stat().st_size,
     }
+
+
+def removed(report: SparsityReport, costs: Mapping[str, float] | None) -> float:
+    """The fraction that is gone of what the target counts.
+
+    Args:
+        report: Of the prunable weights.
+        costs: Name -> cost of each weight of that tensor; None to count weights.
+    """
+    price = {layer.name: 1.0 if costs is None else costs[layer.name] for layer in report.layers}
+    gone = sum(price[layer.name] * layer.zeros for layer in report.layers)
+    return gone / sum(price[layer.name] * layer.weights for layer in report.layers)
 
 
 def layers(report: SparsityReport) -> list[Layer]:

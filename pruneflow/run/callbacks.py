@@ -14,9 +14,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
+from torch import nn
 
 from pruneflow.files import write_whole
 from pruneflow.training.callback import PruningCallback
+from pruneflow.training.trainer import averaged_models
 
 _log = logging.getLogger(__name__)
 _log_file = logging.getLogger(f"{__name__}.file")  # which conf/config.yaml shows to no terminal
@@ -164,7 +167,8 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
 class RoundWatch(L.Callback):
     """Measure validation accuracy right after each prune, before any fine-tuning.
 
-    Stands after the `PruningCallback` in the list of callbacks.
+    As in every validation it is that of the averaged weights, if a callback averages them. Stands
+    after the `PruningCallback` in the list of callbacks.
 
     Args:
         pruning: The callback to watch.
@@ -194,7 +198,7 @@ class RoundWatch(L.Callback):
                     "epoch": trainer.current_epoch,
                     "sparsity": masks.sparsity,
                     "kept": masks.weights - masks.pruned,
-                    "pruned_accuracy": _accuracy(trainer, pl_module),
+                    "pruned_accuracy": _accuracy(trainer, _validated(trainer, pl_module)),
                 }
             )
 
@@ -221,10 +225,13 @@ class ReseedEachEpoch(L.Callback):
         torch.manual_seed(state)
 
 
-class SaveEachEpoch(L.Callback):
-    """Save a checkpoint at the end of each epoch, to resume from.
+class SaveEachEpoch(Checkpoint):
+    """Save a checkpoint at the end of each epoch, to resume from; the last one when training ends.
 
-    Stands last in the list of callbacks, so that it holds what the others have noted.
+    Callbacks may leave another model when training ends, such as an average of its weights: what is
+    saved then is the model that they leave, and resuming from it trains nothing.
+
+    Lightning calls it after all callbacks of other kinds, so that it holds what they have noted.
 
     Args:
         path: The file.
@@ -232,29 +239,61 @@ class SaveEachEpoch(L.Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._stop = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether something, such as early stopping, wants to end the training."""
+        return {"stop": self._stop}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._stop = state_dict["stop"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End at once where training had ended."""
+        trainer.should_stop = self._stop
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save."""
+        """Save, unless this was the last epoch."""
+        assert trainer.max_epochs is not None  # so in every stage
+        stops = trainer.should_stop and trainer.fit_loop._can_stop_early
+        if trainer.current_epoch + 1 < trainer.max_epochs and not stops:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what the other callbacks have left."""
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._stop = trainer.should_stop
         trainer.save_checkpoint(self.path)
 
 
+def _validated(trainer: L.Trainer, pl_module: L.LightningModule) -> nn.Module:
+    """The model whose weights Lightning puts in place for a validation."""
+    for name, average in averaged_models(trainer):
+        if name != StochasticWeightAveraging.__name__:  # which does so in the end alone
+            return average
+    return pl_module
+
+
 @torch.no_grad()
-def _accuracy(trainer: L.Trainer, pl_module: L.LightningModule) -> float:
+def _accuracy(trainer: L.Trainer, model: nn.Module) -> float:
     # `trainer.validate` cannot run inside `fit`, hence a loop of our own.
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     limit = trainer.limit_val_batches
     batches = len(loader)
     if limit is not None:
         batches = int(limit * batches) if isinstance(limit, float) else min(limit, batches)
-    pl_module.eval()
+    model.eval()
     correct = total = 0
     for _, batch in zip(range(batches), loader, strict=False):
         images, labels = trainer.precision_plugin.convert_input(
             trainer.strategy.batch_to_device(batch)
         )
         with trainer.precision_plugin.forward_context():
-            predicted = pl_module(images).argmax(1)
+            predicted = model(images).argmax(1)
         correct += int((predicted == labels).sum())
         total += len(labels)
-    pl_module.train()
+    model.train()
     return correct / max(total, 1)

@@ -36,6 +36,7 @@ from pruneflow.run.folder import (
     read_facts,
     run_folder,
 )
+from pruneflow.run.names import let_hidden_through, note_old_names, rename_keys
 from pruneflow.run.preflight import BuildError, check_folder, unwrap
 from pruneflow.run.recipes import check_recipe, store_recipes
 from pruneflow.run.resources import resource_dir
@@ -52,6 +53,7 @@ def _run(config: DictConfig) -> float | None:
     try:
         lock.acquire()
         check_recipe(recipe, dict(settings.runtime.choices))
+        note_old_names(settings.runtime.choices, rename_keys(config))
         if config.resume and config.task == "prune":
             check_resumed(config, folder)
             if is_finished(folder):
@@ -189,6 +191,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
     logging.raiseExceptions = False  # a log that cannot be written ends nothing
     warnings.showwarning = _log_warning
+    sys.argv[1:] = let_hidden_through(sys.argv[1:])
     store_recipes()
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
     with signals(_how_to_go_on):

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from filelock import FileLock
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -22,14 +24,29 @@ from torch import Tensor, nn
 from pruneflow.deploy import Form
 from pruneflow.deploy.classifying import describe, metadata
 from pruneflow.files import write_whole
-from pruneflow.models import Classifier, load_weights
+from pruneflow.models import Classifier, Loss, load_weights
 from pruneflow.pruning.granularity.channels import Channels
 from pruneflow.pruning.importance import needs_gradients
 from pruneflow.pruning.plan import Clock, Plan
 from pruneflow.pruning.pruner import Pruner
-from pruneflow.report.facts import Facts, FinishedRound, layers, planned_rounds, size
+from pruneflow.report.facts import (
+    Facts,
+    Final,
+    FinishedRound,
+    Setup,
+    layers,
+    planned_rounds,
+    removed,
+    size,
+)
 from pruneflow.report.writing import write_report
 from pruneflow.run import provenance
+from pruneflow.run.callback_group import (
+    build_callbacks,
+    check_averages,
+    check_callbacks,
+    check_monitors,
+)
 from pruneflow.run.callbacks import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
 from pruneflow.run.deploy_task import deliver
 from pruneflow.run.folder import (
@@ -41,19 +58,23 @@ from pruneflow.run.folder import (
     save_network,
 )
 from pruneflow.run.loggers import one_run
+from pruneflow.run.names import check_trainer_keys
 from pruneflow.run.preflight import (
     build,
     build_data,
     build_network,
     building,
     check_folder,
+    check_loss,
     check_trainer,
     check_values,
+    steps_per_epoch,
 )
 from pruneflow.structure.parameters import select
-from pruneflow.structure.sparsity import sparsity_report
+from pruneflow.structure.sparsity import SparsityReport, sparsity_report
 from pruneflow.training.calibration import Gradients
 from pruneflow.training.callback import PruningCallback
+from pruneflow.training.checkpoint import SparsityCheckpoint
 from pruneflow.training.checkpoint_io import AtomicCheckpointIO, check_whole
 
 _log = logging.getLogger(__name__)
@@ -77,30 +98,18 @@ class Experiment:
     """
 
     def __init__(self, config: DictConfig, folder: Path, recipe: str, command: str) -> None:
-        for key in ("max_epochs", "max_steps", "fast_dev_run", "check_val_every_n_epoch"):
-            if config.trainer.get(key) is not None:
-                raise ValueError(
-                    f"`trainer.{key}` is expected to be left alone, but {config.trainer[key]!r} "
-                    "came; stages last `dense.epochs` and `pruning.epochs` and validate after each "
-                    "epoch, so set those"
-                )
+        check_trainer_keys(config.trainer)
         check_values(config)
         if config.checkpoint is not None:
             raise ValueError(
                 f"`checkpoint` must be left out when pruning, got {config.checkpoint!r}; give "
                 "task=deploy to measure it, or dense.weights=FILE to start from it"
             )
-        if config.trainer.devices not in (1, "1"):
-            raise ValueError(
-                f"`trainer.devices` is expected to be 1, but {config.trainer.devices!r} came; for "
-                "many processes put the PruningCallback in a Trainer of your own"
-            )
         self.config = config
         self.folder = folder
         self.recipe = recipe
         self.command = command
         self.seconds: dict[str, float] = {}
-        self.test_batches = 0
         self.step = 0
         self.resume: bool = config.resume and (folder / "config.yaml").exists()
         for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
@@ -112,12 +121,15 @@ class Experiment:
             build(config, key)
             for key in ("schedule", "importance", "granularity", "costs", "masking")
         )
+        self.importance, self.costs = _bare(self.importance), _bare(self.costs)
+        self.loss: Loss = build(config, "loss")
         self.plan, clock = self._lay_plan()
         trainer = check_trainer(config.trainer)
         self.logger: Logger | None = build(config, "logger")
         L.seed_everything(config.seed, verbose=False)
         with self._timed("data"):
             self.data = build_data(config.data, trainer)
+        check_loss(self.loss, self.data.num_classes, self.data.image_shape)
         self.network = build_network(config.model, self.data)
         if config.dense.weights is not None:
             with building("dense.weights"):
@@ -152,8 +164,8 @@ class Experiment:
             gradients=gradients,
             granularity=self.granularity,
             costs=self.costs,
-            scope=_in_classifier(self.scope),
-            include=_in_classifier(list(self.selection.slots)),
+            scope=self.scope,
+            include=list(self.selection.slots),
             start_epoch=clock.start,
             epochs_per_round=clock.every,
             masking=masking,
@@ -165,6 +177,7 @@ class Experiment:
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
         for epochs in filter(None, (config.dense.epochs, self.schedule_epochs)):
             self._check_training(epochs)
+        self._check_callbacks(masking, steps_per_epoch(self.data, trainer))
 
     def run(self) -> Facts:
         """Run all stages and write the run folder.
@@ -180,8 +193,7 @@ class Experiment:
                 _log.info("No unfinished run to resume: a new one in %s", self.folder)
             (self.folder / "report.html").unlink(missing_ok=True)
             drop_checkpoints(self.folder)
-        weights = sum(slot.parameter.numel() for slot in self.selection.slots.values())
-        table = self.plan.table(weights if self.costs is None else None)
+        table = self.plan.table(self._counted())
         _log.info("Plan:\n%s", table)
         if dense := self.selection.describe_dense():
             _log.info(dense)
@@ -200,17 +212,26 @@ class Experiment:
         rows, cached = self._dense_phase()
         dense = copy.deepcopy(self.network)
         rounds, rows = self._rounds(rows)
+        before, after = self._test(dense)
+        example, forms = self._deliver(dense, after.batches)
 
-        with self._timed("test"):
-            _log.info("Testing the dense and the pruned network")
-            dense_accuracies, _ = self._evaluate(dense)
-            accuracies, tested = self._evaluate(self.network)
-        self._log_tests(dense_accuracies, accuracies)
-        save_network(self.network, self.folder / "model.safetensors", metadata(self.description))
-        self.example = save_example(self.data, self.folder / "example.png")
-        with self._timed("deliver"):
-            forms = self._deliver(dense)
-        facts = self._facts(rounds, rows, cached, dense_accuracies, accuracies, tested, forms)
+        report = sparsity_report(self.network, self._example(), include=list(self.selection.slots))
+        facts: Facts = {
+            **self._setup(),
+            "dense": {
+                "epochs": [row["stage"] for row in rows].count("dense"),
+                "val_accuracy": before.metrics["val_accuracy"],
+                "test_accuracy": before.metrics["test_accuracy"],
+            },
+            "dense_cached": cached,
+            "rounds": rounds,
+            "final": self._final(report, after),
+            "size": size(report, self.folder),
+            "layers": layers(report),
+            "example": example,
+            "forms": forms,
+            "seconds": self.seconds,
+        }
         write_report(self.folder, facts, rows)
         drop_checkpoints(self.folder)
         return facts
@@ -273,38 +294,60 @@ class Experiment:
         epochs = self.config.dense.epochs + self.config.pruning.epochs
         history = History(self.folder / "metrics.csv", stage, rows, epochs)
         save = SaveEachEpoch(self._checkpoint(stage))
-        trainer = self._trainer(start, end, *callbacks, history, save)
+        trainer = self._trainer(start, end, *callbacks, *self._callbacks(stage), history, save)
         trainer.fit(classifier, datamodule=self.data, ckpt_path=self._resume_from(stage))
+        if trainer.should_stop and trainer.current_epoch < end:
+            _log.warning(
+                "Stopped early: %s of %s ended after epoch %d",
+                {"dense": "the dense phase", "rounds": "the rounds"}[stage],
+                _epochs(end - start),
+                trainer.current_epoch - 1,
+            )
         self.seconds[stage], self.step = history.seconds, history.step
         return history.rows
 
-    def _evaluate(self, network: nn.Module) -> tuple[dict[str, float], Any]:
+    def _test(self, dense: nn.Module) -> tuple[Evaluation, Evaluation]:
+        with self._timed("test"):
+            _log.info("Testing the dense and the pruned network")
+            before, after = self._evaluate(dense), self._evaluate(self.network)
+        if self.logger is not None:
+            tested = [key for key in after.metrics if key.startswith("test_")]
+            metrics = {f"dense_{key}": before.metrics[key] for key in tested}
+            metrics.update({key: after.metrics[key] for key in tested})
+            self.logger.log_metrics(metrics, step=self.step)
+        return before, after
+
+    def _evaluate(self, network: nn.Module) -> Evaluation:
         classifier = self._classifier(network, 1)
         trainer = self._trainer(0, 1, enable_progress_bar=False, logger=False)
         validated = trainer.validate(classifier, datamodule=self.data, verbose=False)[0]
         tested = trainer.test(classifier, datamodule=self.data, verbose=False)[0]
-        self.test_batches = int(trainer.num_test_batches[0])
-        return {**validated, **tested}, classifier
+        counted = zip(classifier.test_per_class, classifier.test_counts, strict=True)
+        return Evaluation(
+            {**validated, **tested},
+            [accuracy if count else None for accuracy, count in counted],
+            sum(classifier.test_counts),
+            int(trainer.num_test_batches[0]),
+        )
 
-    def _log_tests(self, dense: dict[str, float], final: dict[str, float]) -> None:
-        if self.logger is not None:
-            tested = {key: value for key, value in final.items() if key.startswith("test_")}
-            before = {f"dense_{key}": dense[key] for key in tested}
-            self.logger.log_metrics({**before, **tested}, step=self.step)
-
-    def _deliver(self, dense: nn.Module) -> list[Form]:
+    def _deliver(self, dense: nn.Module, batches: int) -> tuple[str | None, list[Form]]:
+        about = metadata(self.description)
+        save_network(self.network, self.folder / "model.safetensors", about)
+        example = save_example(self.data, self.folder / "example.png")
         settings = self.config.deploy
         if settings.batches:
             _log.info("Measuring what each form of the model is worth")
-        return deliver(
-            dense,
-            self.network,
-            islice(self.data.test_dataloader(), self.test_batches),
-            self.folder,
-            batches=settings.batches,
-            threads=settings.threads,
-            metadata=metadata(self.description),
-        )
+        with self._timed("deliver"):
+            forms = deliver(
+                dense,
+                self.network,
+                islice(self.data.test_dataloader(), batches),
+                self.folder,
+                batches=settings.batches,
+                threads=settings.threads,
+                metadata=about,
+            )
+        return example, forms
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -326,6 +369,25 @@ class Experiment:
             optimizer = instantiate(self.config.optimizer)(self.network.parameters())
         instantiate(self.config.lr_scheduler, epochs=epochs)(optimizer)
 
+    def _check_callbacks(self, masking: Any, steps: int | None) -> None:
+        callbacks = build_callbacks(self.config)
+        check_callbacks(callbacks, self.logger, masking)
+        if get_object(self.config.classifier._target_) is Classifier:
+            check_monitors(callbacks)
+        begin, end = self.config.dense.epochs, self.config.dense.epochs + self.config.pruning.epochs
+        with building("callbacks"):
+            trainer = self._trainer(begin, end, *callbacks.values())
+        epochs = {"the dense phase": range(begin), "the rounds": range(begin, end)}
+        check_averages(callbacks, trainer, self._classifier(self.network, 1), epochs, steps)
+
+    def _callbacks(self, stage: str) -> list[L.Callback]:
+        """New ones for each stage, as they hold what they have seen."""
+        return [
+            callback
+            for callback in build_callbacks(self.config).values()
+            if stage == "rounds" or not isinstance(callback, SparsityCheckpoint)
+        ]
+
     def _classifier(self, network: nn.Module, epochs: int) -> Any:
         scheduler = instantiate(self.config.lr_scheduler, epochs=epochs)
         return instantiate(self.config.classifier)(
@@ -333,14 +395,16 @@ class Experiment:
             num_classes=self.data.num_classes,
             optimizer=instantiate(self.config.optimizer),
             lr_scheduler=scheduler,
+            loss=self.loss,
         )
 
     def _trainer(self, start: int, end: int, *callbacks: L.Callback, **overrides: Any) -> L.Trainer:
         settings: dict[str, Any] = {
             "max_epochs": end,
+            "devices": 1,
             "callbacks": [ReseedEachEpoch(self.config.seed), *callbacks],
             "logger": self.logger or False,
-            "enable_checkpointing": False,
+            "enable_checkpointing": any(isinstance(each, Checkpoint) for each in callbacks),
             # Where there is no terminal its control sequences would be in the way.
             "enable_progress_bar": sys.stdout.isatty()
             and self.config.trainer.get("enable_progress_bar", True),
@@ -364,11 +428,14 @@ class Experiment:
         return path if self.resume and path.exists() else None
 
     def _dense_key(self) -> str:
-        names = ("model", "data", "optimizer", "lr_scheduler", "classifier", "trainer", "seed")
+        names = (
+            *("model", "data", "loss", "optimizer", "lr_scheduler", "classifier"),
+            *("trainer", "callbacks", "seed"),
+        )
         resolved: Any = OmegaConf.to_container(self.config, resolve=True)
         files = [self.config.dense.weights, self.config.model.get("weights")]
         return provenance.digest(
-            provenance.determining({name: resolved[name] for name in names}),
+            provenance.determining({name: resolved.get(name) for name in names}),
             self.config.dense.epochs,
             [provenance.file_digest(Path(f)) for f in files if f and Path(f).is_file()],
             self.data.fingerprint(),
@@ -382,25 +449,13 @@ class Experiment:
         yield
         self.seconds[stage] = time.perf_counter() - began
 
-    def _facts(
-        self,
-        rounds: list[FinishedRound],
-        rows: list[Row],
-        cached: bool,
-        dense: dict[str, float],
-        final: dict[str, float],
-        tested: Any,
-        forms: list[Form],
-    ) -> Facts:
-        slots = self.selection.slots
-        report = sparsity_report(self.network, self._example(), include=list(slots))
-        weights, costs = report.weights, self.pruning.cost_per_weight
-        price = {
-            layer.name: 1.0 if costs is None else costs[f"network.{layer.name}"]
-            for layer in report.layers
-        }
-        removed = sum(price[layer.name] * layer.zeros for layer in report.layers)
-        total = sum(price[layer.name] * layer.weights for layer in report.layers)
+    def _counted(self) -> int | None:
+        """How many weights a target counts; None where it counts something else."""
+        if self.costs is not None:
+            return None
+        return sum(slot.parameter.numel() for slot in self.selection.slots.values())
+
+    def _setup(self) -> Setup:
         return {
             "recipe": self.recipe,
             "command": self.command,
@@ -411,49 +466,61 @@ class Experiment:
             "target": self.plan.rounds[-1].sparsity,
             "scope": str(self.scope),
             "schedule": repr(self.schedule),
-            "importance": getattr(self.importance, "__name__", repr(self.importance)),
-            "granularity": "weights" if self.granularity is None else repr(self.granularity),
-            "costs": getattr(self.costs, "__name__", None),
+            "importance": _in_words(self.importance),
+            "granularity": "unstructured" if self.granularity is None else repr(self.granularity),
+            "costs": None if self.costs is None else _in_words(self.costs).partition("(")[0],
             "classes": list(self.data.classes),
-            "plan": planned_rounds(self.plan, weights if costs is None else None),
-            "dense": {
-                "epochs": self.config.dense.epochs,
-                "val_accuracy": dense["val_accuracy"],
-                "test_accuracy": dense["test_accuracy"],
-            },
-            "dense_cached": cached,
-            "rounds": rounds,
-            "final": {
-                "sparsity": report.sparsity,
-                "removed": removed / total,
-                "val_accuracy": final["val_accuracy"],
-                "test_accuracy": final["test_accuracy"],
-                "test_per_class": [
-                    accuracy if count else None
-                    for accuracy, count in zip(
-                        tested.test_per_class, tested.test_counts, strict=True
-                    )
-                ],
-                "tested": sum(tested.test_counts),
-                "test_pictures": pictures(self.data.test_dataloader()),
-            },
-            "size": size(report, self.folder),
-            "layers": layers(report),
+            "plan": planned_rounds(self.plan, self._counted()),
             "classifier": self.description,
-            "example": self.example,
-            "forms": forms,
-            "seconds": self.seconds,
             "frozen": list(self.selection.frozen),
             "stay_dense": self.selection.describe_dense(),
         }
 
+    def _final(self, report: SparsityReport, tested: Evaluation) -> Final:
+        return {
+            "sparsity": report.sparsity,
+            "removed": removed(report, self.pruning.cost_per_weight),
+            "val_accuracy": tested.metrics["val_accuracy"],
+            "test_accuracy": tested.metrics["test_accuracy"],
+            "test_per_class": tested.per_class,
+            "tested": tested.pictures,
+            "test_pictures": pictures(self.data.test_dataloader()),
+        }
+
+
+class Evaluation(NamedTuple):
+    """What a network was measured to be worth.
+
+    Args:
+        metrics: Of validation and test, by the names that the classifier logs.
+        per_class: Test accuracy in each class; None where nothing was tested.
+        pictures: How many were tested.
+        batches: In how many batches.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[float | None]
+    pictures: int
+    batches: int
+
+
+def _bare(method: Any) -> Any:
+    bare = isinstance(method, partial) and not (method.args or method.keywords)
+    return method.func if bare else method
+
+
+def _in_words(method: Any) -> str:
+    """A function or an object, with the settings that it has.
+
+    Example:
+        >>> _in_words(max), _in_words(partial(sorted, reverse=True))
+        ('max', 'sorted(reverse=True)')
+    """
+    if isinstance(method, partial):
+        settings = ", ".join(f"{name}={value!r}" for name, value in method.keywords.items())
+        return f"{_in_words(method.func)}({settings})"
+    return getattr(method, "__name__", repr(method))
+
 
 def _epochs(count: int) -> str:
     return "1 epoch" if count == 1 else f"{count} epochs"
-
-
-def _in_classifier(patterns: Any) -> Any:
-    """Globs over the network's tensor names, as globs over those of the classifier around it."""
-    if isinstance(patterns, dict):
-        return {group: _in_classifier(globs) for group, globs in patterns.items()}
-    return patterns if isinstance(patterns, str) else [f"network.{glob}" for glob in patterns]

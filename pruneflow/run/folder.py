@@ -23,6 +23,7 @@ from pruneflow.files import write_whole
 from pruneflow.report.facts import Facts
 from pruneflow.run import provenance
 from pruneflow.run.callbacks import Row
+from pruneflow.run.names import rename_keys
 from pruneflow.state_dicts import load_safetensors, save_safetensors
 
 _log = logging.getLogger(__name__)
@@ -114,7 +115,9 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 def _settings(config: Any) -> dict[str, Any]:
     """All that determines the result: `schedule.target` and so on, and their values."""
     keys = [key for key in config if key != "hydra"]
-    node: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, keys), resolve=True)
+    copy = OmegaConf.masked_copy(config, keys)
+    rename_keys(copy)
+    node: Any = OmegaConf.to_container(copy, resolve=True)
     return provenance.determining(node)
 
 

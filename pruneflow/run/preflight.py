@@ -15,6 +15,7 @@ import types
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -24,7 +25,9 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
+
+from pruneflow.models import Loss
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ _RANGES: dict[str, tuple[int, float]] = {
     "deploy.batches": (1, math.inf),
     "deploy.threads": (1, os.cpu_count() or 1),
     "trainer.accumulate_grad_batches": (1, math.inf),
+    "trainer.min_epochs": (0, math.inf),
 }
 
 
@@ -155,9 +159,7 @@ def _annotated(config: DictConfig, values: Mapping[str, Any]) -> dict[str, tuple
     Without those that follow another key, as `data.seed` follows `seed`, which is checked itself.
     """
     found: dict[str, tuple[Any, Any]] = {}
-    for name, node in values.items():
-        if not isinstance(node, dict) or "_target_" not in node:
-            continue
+    for name, node, settings in _nodes(config, values):
         try:
             target: Any = get_object(node["_target_"])
             parameters = inspect.signature(target).parameters
@@ -167,10 +169,21 @@ def _annotated(config: DictConfig, values: Mapping[str, Any]) -> dict[str, tuple
             continue
         for key in node.keys() & hints.keys() & parameters.keys():
             default, hint = parameters[key].default, hints[key]
-            if node[key] != default and not OmegaConf.is_interpolation(config[name], key):
+            if node[key] != default and not OmegaConf.is_interpolation(settings, key):
                 example = _EXAMPLES.get(hint, "...")
                 found[f"{name}.{key}"] = hint, example if default is _NO_DEFAULT else default
     return dict(sorted(found.items()))
+
+
+def _nodes(
+    config: DictConfig, values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, dict[str, Any], DictConfig]]:
+    """The nodes that build something: the key of each, its values, and itself."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if "_target_" in value:
+                yield f"{prefix}{name}", value, config[name]
+            yield from _nodes(config[name], value, f"{prefix}{name}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -269,7 +282,10 @@ def build(config: DictConfig, key: str) -> Any:
         BuildError: If it is refused.
     """
     with building(key):
-        return instantiate(config[key]) if config[key] else None
+        built = instantiate(config[key]) if config[key] else None
+        if isinstance(built, partial):  # which is not called before the first round
+            inspect.signature(built.func).bind_partial(*built.args, **built.keywords)
+        return built
 
 
 def check_trainer(config: DictConfig) -> L.Trainer:
@@ -287,7 +303,7 @@ def check_trainer(config: DictConfig) -> L.Trainer:
     with building("trainer"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is not supported on CPU")  # which is refused below
         trainer: L.Trainer = instantiate(
-            config, max_epochs=1, logger=False, enable_checkpointing=False, callbacks=[]
+            config, max_epochs=1, devices=1, logger=False, enable_checkpointing=False, callbacks=[]
         )
     asked, got = str(config.get("precision")), str(trainer.precision)
     if asked in ("16", "16-mixed") and got.startswith("bf16"):
@@ -347,11 +363,24 @@ def _check_batches(stage: str, loader: Any, limit: float) -> None:
         )
     if stage == "train" and count == 1:
         _log.warning("`data.batch_size` takes all pictures at once: an epoch is a single step")
-    if not (int(limit * count) if isinstance(limit, float) else min(limit, count)):
+    if not _limited(count, limit):
         raise ValueError(
             f"`trainer.limit_{stage}_batches` must leave some of the {count} batches, got {limit}, "
             f"which leaves none; give trainer.limit_{stage}_batches=1 or more, or null for all"
         )
+
+
+def _limited(count: int, limit: float) -> int:
+    return int(limit * count) if isinstance(limit, float) else min(limit, count)
+
+
+def steps_per_epoch(data: Any, trainer: L.Trainer) -> int | None:
+    """How many optimizer steps make an epoch; None where the data have no length."""
+    try:
+        batches = _limited(len(data.train_dataloader()), trainer.limit_train_batches)
+    except TypeError:
+        return None
+    return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def build_network(config: DictConfig, data: Any) -> nn.Module:
@@ -379,3 +408,20 @@ def build_network(config: DictConfig, data: Any) -> nn.Module:
             f"{shape}; let its last layer have `num_classes` outputs"
         )
     return network
+
+
+def check_loss(loss: Loss, num_classes: int, image_shape: Sequence[int]) -> None:
+    """Refuse a loss that cannot be trained on, by what it says of a batch of two.
+
+    Raises:
+        ValueError: Saying what is wrong.
+    """
+    logits = torch.zeros(2, num_classes, requires_grad=True)
+    with building("loss"):
+        value = loss(logits, torch.tensor([0, 1]), torch.zeros(2, *image_shape))
+    if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"`loss` must return a scalar that depends on the logits, got {got}; return the mean "
+            "over the batch"
+        )

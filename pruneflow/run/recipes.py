@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from pruneflow.run.names import HIDDEN
 from pruneflow.run.resources import resource_dir
 
 
@@ -51,7 +52,9 @@ def _unknown_keys(recipe: DictConfig, base: DictConfig, prefix: str = "") -> lis
         if key == "defaults" and not prefix:
             continue
         if key not in base:
-            unknown.append(f"{prefix}{key}")
+            mine = prefix == "callbacks." and OmegaConf.is_dict(value) and "_target_" in value
+            if f"{prefix}{key}" not in HIDDEN and not mine:
+                unknown.append(f"{prefix}{key}")
         elif OmegaConf.is_dict(value) and OmegaConf.is_dict(base._get_node(key)):
             unknown += _unknown_keys(value, base[key], f"{prefix}{key}.")
     return unknown

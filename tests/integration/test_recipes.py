@@ -19,7 +19,10 @@ from pruneflow.run.resources import resource_dir
 RECIPES = sorted(path.stem for path in resource_dir("recipes").glob("*.yaml"))
 
 
-GROUPS = ["schedule", "optimizer", "lr_scheduler", "data", "model", "granularity", "costs"]
+GROUPS = [
+    *("schedule", "optimizer", "lr_scheduler", "data", "model", "loss"),
+    *("granularity", "costs", "importance"),
+]
 
 
 def options(group):
@@ -59,9 +62,7 @@ def test_all_recipes_of_the_plan_are_there():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "group", [*["schedule", "optimizer", "lr_scheduler", "data", "model", "granularity", "costs"]]
-)
+@pytest.mark.parametrize("group", GROUPS)
 def test_composes_and_instantiates_with_every_option(composed, recipe, group):
     for option in options(group):
         config = composed(f"recipe={recipe}", f"{group}={option}")
@@ -77,7 +78,9 @@ def test_composes_and_instantiates_with_every_option(composed, recipe, group):
         optimizer = instantiate(config.optimizer)(network.parameters())
         granularity = instantiate(config.granularity) if config.granularity else None
         assert isinstance(granularity, Granularity | None)
-        assert not config.costs or instantiate(config.costs) in (multiply_adds, latency)
+        assert not config.costs or instantiate(config.costs).func in (multiply_adds, latency)
+        assert callable(instantiate(config.importance))
+        assert instantiate(config.loss)(torch.zeros(2, 3), torch.tensor([0, 2]), None) > 0
         instantiate(config.lr_scheduler, epochs=config.dense.epochs)(optimizer)
 
 

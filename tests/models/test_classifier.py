@@ -1,3 +1,4 @@
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -8,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from pruneflow.data import Digits
-from pruneflow.models import Classifier, cosine, multistep, small_cnn
+from pruneflow.models import Classifier, CrossEntropy, cosine, multistep, small_cnn
+from pruneflow.structure.parameters import locate, unwrap
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
@@ -81,7 +83,7 @@ def batches():
 
 def test_training_metrics_weigh_images_alike_and_start_again_each_epoch(batches):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    module = Classifier(network, 2, partial(torch.optim.SGD, lr=0.0), label_smoothing=0.2)
+    module = Classifier(network, 2, partial(torch.optim.SGD, lr=0.0), loss=CrossEntropy(0.2))
     images = torch.cat([images for images, _ in batches])
     labels = torch.zeros(8).long()
     for epochs in (1, 3):
@@ -148,6 +150,53 @@ def test_channels_last_reaches_weights_and_images_and_changes_no_result():
     assert network[3].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_label_smoothing_out_of_range_is_named():
-    with pytest.raises(ValueError, match="`label_smoothing`"):
-        Classifier(nn.Identity(), 2, SGD, label_smoothing=1.0)
+@dataclass(frozen=True)
+class Distillation:
+    """As a later loss may be: part teacher, part labels, and what it was called with."""
+
+    teacher: nn.Module
+    seen: list = field(default_factory=list)
+
+    def __call__(self, logits, labels, images):
+        self.seen.append((logits, labels, images))
+        return (logits - self.teacher(images)).square().mean() + cross_entropy(logits, labels)
+
+
+@pytest.fixture
+def distilled():
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(64, 2)) for _ in range(2))
+    return Classifier(student, 2, partial(torch.optim.SGD, lr=0.1), loss=Distillation(teacher))
+
+
+def test_a_loss_sees_logits_labels_and_images_and_is_trained_on(distilled, batches):
+    fitted = trainer(1, limit_train_batches=1)
+    before = distilled.network[1].weight.detach().clone()
+    images, labels = next(iter(batches))
+    expected = distilled.loss((images, labels))
+    gradient = torch.autograd.grad(expected, distilled.network[1].weight)[0]
+    fitted.fit(distilled, batches, batches)
+    assert fitted.callback_metrics["train_loss"].item() == pytest.approx(expected.item())
+    torch.testing.assert_close(distilled.network[1].weight, before - 0.1 * gradient)
+    logits, *rest = distilled._loss.seen[-1]
+    assert logits.shape == (5, 2)
+    assert all(torch.equal(*pair) for pair in zip(rest, (labels, images), strict=True))
+
+
+def test_validation_and_test_measure_plain_cross_entropy_whatever_is_trained_on(distilled, batches):
+    images = torch.cat([images for images, _ in batches])
+    expected = cross_entropy(distilled.network(images), torch.zeros(8).long()).item()
+    (validated,) = trainer(1).validate(distilled, batches, verbose=False)
+    (tested,) = trainer(1).test(distilled, batches, verbose=False)
+    assert validated["val_loss"] == pytest.approx(expected)
+    assert tested["test_loss"] == pytest.approx(expected)
+    assert not distilled._loss.seen
+
+
+def test_a_teacher_in_a_loss_is_no_part_of_the_model(distilled):
+    assert list(distilled.state_dict()) == ["network.1.weight", "network.1.bias"]
+    assert len(list(distilled.parameters())) == 2
+
+
+def test_names_of_its_parameters_are_those_of_the_network(distilled):
+    assert list(locate(distilled)) == ["1.weight", "1.bias"]
+    assert unwrap(torch.compile(distilled)) is distilled.network

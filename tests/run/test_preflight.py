@@ -27,6 +27,10 @@ def composed():
     ConfigStore.instance().repo.pop("recipe")
 
 
+EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging}"
+EARLY_STOPPING = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val_loss}"
+
+
 class Pictures(LightningDataModule):
     """Somebody's own datamodule: no `ImageData`, no fingerprint, plain loaders."""
 
@@ -68,6 +72,18 @@ def too_many(num_classes, in_channels):
 
 def linear(num_classes, in_channels):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
+
+
+def loss_per_image():
+    return lambda logits, labels, images: logits[:, 0]
+
+
+def loss_as_a_number():
+    return lambda logits, labels, images: 0.5
+
+
+def loss_of_the_labels():
+    return lambda logits, labels, images: labels.float().mean()
 
 
 def with_parts(config, **parts):
@@ -148,6 +164,20 @@ def with_parts(config, **parts):
             "trainer.accumulate_grad_batches=0",
             "`trainer.accumulate_grad_batches` must be at least 1",
         ),
+        ("trainer.min_epochs=-1", "`trainer.min_epochs` must be at least 0, got -1"),
+        ("loss.label_smoothing=some", "`loss.label_smoothing` must be a number, got 'some'"),
+        (
+            "callbacks=ema callbacks.ema.decay=slow",
+            "`callbacks.ema.decay` must be a number, got 'slow'; give callbacks.ema.decay=0.999",
+        ),
+        (
+            "callbacks=[lr_monitor,early_stopping] callbacks.early_stopping.patience=1.5",
+            "`callbacks.early_stopping.patience` must be a whole number, got 1.5",
+        ),
+        (
+            "callbacks=[lr_monitor] callbacks.lr_monitor.logging_interval=day",
+            "`callbacks.lr_monitor.logging_interval` must be 'step' or 'epoch' or null, got 'day'",
+        ),
         ("granularity=blocks granularity.rows=x", "`granularity.rows` must be a whole number"),
     ],
 )
@@ -200,6 +230,70 @@ def test_what_is_right_passes(composed, group):
             "`checkpoint` must be left out when pruning, got ",
         ),
         (["dense.cache=/dev/null/cache"], "/dev/null"),
+        (["++trainer.max_epochs=3"], "`trainer.max_epochs` must be left out, got 3; stages last"),
+        (["loss.label_smoothing=1"], "`label_smoothing` must be in [0, 1), got 1"),
+        (["+loss.temperature=2"], "unexpected keyword argument 'temperature'"),
+        (["+importance.temperature=2"], "unexpected keyword argument 'temperature'"),
+        (["costs=latency", "+costs.repeat=2"], "unexpected keyword argument 'repeat'"),
+        (
+            ["callbacks=[ema,lr_monitor]"],
+            "`callbacks.lr_monitor` must have a logger to log to, got none; give logger=csv",
+        ),
+        (
+            ["+callbacks.stats={_target_: lightning.pytorch.callbacks.DeviceStatsMonitor}"],
+            "`callbacks.stats` must have a logger to log to, got none",
+        ),
+        (["callbacks=ema", "callbacks.ema.decay=2"], "Invalid decay value 2"),
+        (["callbacks=ema", "+callbacks.ema.speed=2"], "unexpected keyword argument 'speed'"),
+        (["+callbacks.mine=3"], "`callbacks.mine` must build a Callback of Lightning, got 3"),
+        (
+            ["+callbacks.mine={_target_: builtins.dict}"],
+            "`callbacks.mine` must build a Callback of Lightning, got {}",
+        ),
+        (["+callbacks.mine={_target_: nowhere.Callback}"], "No module named 'nowhere'"),
+        (
+            ["+callbacks.mine={_target_: pruneflow.PruningCallback, schedule: [0.5]}"],
+            "`callbacks.mine` must not be a PruningCallback, as a run has its own",
+        ),
+        (
+            ["callbacks=ema", f"+callbacks.other={EMA}"],
+            "`callbacks` must average the weights once, got callbacks.ema, callbacks.other; leave",
+        ),
+        (
+            ["callbacks=ema", "masking=reparametrize"],
+            "`masking` must be in_place beside callbacks.ema",
+        ),
+        (
+            ["callbacks=early_stopping", f"+callbacks.other={EARLY_STOPPING}"],
+            "Found more than one stateful callback of type `EarlyStopping`",
+        ),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val_los"],
+            "`callbacks.early_stopping.monitor` must be one of val_loss, val_accuracy, train_loss, "
+            "train_accuracy, got 'val_los'",
+        ),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val_accuracy"],
+            "`callbacks.early_stopping.mode` must be 'max' for val_accuracy, got 'min'; give "
+            "callbacks.early_stopping.mode=max",
+        ),
+        (
+            ["callbacks=early_stopping", "callbacks.early_stopping.mode=top"],
+            "`mode` can be min, max, got top",
+        ),
+        (
+            [
+                *("callbacks=ema", "+callbacks.ema.update_starting_at_epoch=11"),
+                *("+callbacks.ema.update_starting_at_step=99999", "dense.epochs=0"),
+                "pruning.epochs=11",
+            ],
+            "`callbacks.ema` must begin to average in each phase, got none in the rounds (epochs 0 "
+            "to 10,",
+        ),
+        (
+            ["callbacks=ema", "callbacks.ema.update_every_n_steps=0"],
+            "`callbacks.ema` must begin to average in each phase, got none in the dense phase",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_runs(composed, tmp_path, overrides, message):
@@ -224,6 +318,12 @@ def test_what_cannot_run_is_refused_before_it_runs(composed, tmp_path, overrides
             "`model` must give 2 numbers for each picture, one for each class, got shape (2, 1000)",
         ),
         ({"data": Pictures, "model": no_module}, "no attribute 'training'"),
+        (
+            {"data": Pictures, "loss": loss_per_image},
+            "`loss` must return a scalar that depends on the logits, got shape (2,); return the me",
+        ),
+        ({"data": Pictures, "loss": loss_as_a_number}, "depends on the logits, got 0.5"),
+        ({"data": Pictures, "loss": loss_of_the_labels}, "depends on the logits, got shape ()"),
     ],
 )
 def test_parts_of_ones_own_that_do_not_fit_are_refused(composed, tmp_path, parts, message):

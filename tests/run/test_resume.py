@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 from pruneflow.models import small_cnn
+from pruneflow.run.ends import TARGET_MISSED
 from pruneflow.run.folder import load_cached
 
 RUNNER = '''
@@ -151,6 +153,17 @@ OTHER = (
     "pruning.epochs=8",
     "dense.cache=null",
 )
+# Early stopping ends the rounds two epochs after their first, once trainer.min_epochs lets it.
+AVERAGED = (
+    *TINY,
+    "callbacks=[ema,early_stopping]",
+    "callbacks.ema.decay=0.8",
+    "callbacks.early_stopping.patience=1",
+    "callbacks.early_stopping.min_delta=100",
+    "trainer.min_epochs=7",
+    "pruning.epochs=8",
+    "dense.cache=null",
+)
 SHORT = (*TINY, "dense.epochs=0", "pruning.epochs=2", "schedule.rounds=2")
 
 SEED = int(os.environ.get("KILL_SEED", random.randrange(10**6)))
@@ -183,6 +196,19 @@ OTHER_KILLS = {
     "other, within a prune": ["pruneflow.pruning.pruner:Pruner.prune_to", 2, "after"],
     "other, within an epoch": training_step(4),
     "other, within a checkpoint's writing": ["torch:save", 2, "half"],
+}
+SAVE = "lightning:Trainer.save_checkpoint"
+AVERAGED_KILLS = {
+    "averaged, in the dense phase": training_step(3),  # of two an epoch
+    "averaged, before the dense phase's last checkpoint": [SAVE, 3, "before"],
+    "averaged, between the phases": ["pruneflow.pruning.pruner:Pruner.prune_to", 1, "before"],
+    "averaged, in the rounds": training_step(5),
+    "averaged, before the rounds' last checkpoint": [SAVE, 1, "before"],
+    "averaged, after the rounds": [
+        "pruneflow.run.experiment:Experiment._evaluate",
+        1,
+        "before",
+    ],
 }
 SWEEP = ("-m", *SHORT, "hydra.sweep.dir=sweep", "schedule.target=0.5,0.6")
 
@@ -221,6 +247,16 @@ STARTS = {
         "killed",
         (*OTHER, "hydra.run.dir=other", "resume=true"),
         training_step(2 * 4 + 1),  # those of four epochs are left
+    ),
+    "averaged, whole": ("whole", (*AVERAGED, "hydra.run.dir=averaged"), None),
+    **{
+        name: ("killed", (*AVERAGED, "hydra.run.dir=averaged", "resume=true"), point)
+        for name, point in AVERAGED_KILLS.items()
+    },
+    "averaged, last": (
+        "killed",
+        (*AVERAGED, "hydra.run.dir=averaged", "resume=true"),
+        training_step(1),  # all are done
     ),
     "sweep": ("sweep", SWEEP, training_step(6)),
     "sweep again": ("sweep", (*SWEEP, "resume=true"), None),
@@ -331,6 +367,20 @@ def test_other_ways_of_masking_and_training_too(starts):
     assert {ends[name][0] for name in OTHER_KILLS} == {-signal.SIGKILL}
     assert ends["other, last"][0] == 0, ends["other, last"][1]
     assert_ends_alike(base / "killed" / "other", base / "whole" / "other")
+
+
+def test_callbacks_that_have_a_state_and_end_a_phase_early_too(starts):
+    base, ends = starts
+    assert {ends[name][0] for name in AVERAGED_KILLS} == {-signal.SIGKILL}
+    for name in ("averaged, whole", "averaged, last"):
+        assert ends[name][0] == TARGET_MISSED, ends[name][1]
+    assert "Stopped early: the rounds of 8 epochs ended after epoch 6" in ends["averaged, whole"][1]
+    assert "ended in round 2 of 4" in ends["averaged, whole"][1]
+    assert_ends_alike(base / "killed" / "averaged", base / "whole" / "averaged")
+    last = torch.load(base / "killed" / "averaged" / "last.ckpt")
+    result = load_file(base / "killed" / "averaged" / "model.safetensors")
+    for name, value in last["state_dict"].items():  # the average
+        assert torch.equal(value, result[name.removeprefix("network.")])
 
 
 def test_finds_the_newest_unfinished_run_of_the_same_configuration(starts):
