@@ -7,7 +7,7 @@ The network is that of the CIFAR-10 recipes, torchvision's ResNet-18 with 10 cla
 pictures; `--checkpoint` holds its pruned weights and `--dense` those before pruning, without which
 fresh ones are run and their accuracy is not shown. `--images` is a folder with train/ and test/ of
 class folders, for the accuracy of every form on all test pictures. `--write` puts the table into
-the README. How it is measured: `pruneflow.deploy.forms` and `pruneflow.deploy.peak`.
+docs/deploy.md. How it is measured: `pruneflow.deploy.forms` and `pruneflow.deploy.peak`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pruneflow.deploy.forms import markdown, measure_forms
 from pruneflow.models.networks import load_weights
 from pruneflow.run.provenance import machine
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "deploy.md"
 BEGIN, END = "<!-- begin: benchmarks/deploy.py --write -->", "<!-- end: benchmarks/deploy.py -->"
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, help="weights before pruning")
     parser.add_argument("--images", type=Path, help="folder with train/ and test/")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/deploy.md")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     dense, pruned = (torchvision.models.resnet18(num_classes=10) for _ in range(2))
@@ -77,7 +77,7 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        write_between(README, BEGIN, END, text)
+        write_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from pruneflow.pruning.threshold import Elementwise, find_threshold, keep_masks
+from pruneflow.pruning.threshold import Elementwise, find_cost_threshold, find_threshold, keep_masks
 
 COPY = "copy into touched memory"
 GLOBAL = "prune.global_unstructured"
@@ -70,10 +70,16 @@ def torch_global(weights: list[Tensor], k: int) -> list[nn.Module]:
 def rows(weights: list[Tensor], k: int) -> dict[str, Callable[[], object]]:
     whole = [lambda weight=weight: weight.abs() for weight in weights]
     pieces = [Elementwise(torch.abs, weight) for weight in weights]
+    costs = [10.0 ** (i % 3) for i in range(len(weights))]  # as multiply-adds of layers differ
+    total = sum(cost * weight.numel() for cost, weight in zip(costs, weights, strict=True))
+    goal = k / sum(weight.numel() for weight in weights) * total
     return {
         "clone": lambda: [weight.clone() for weight in weights],
         "find_threshold": lambda: find_threshold(pieces, k),
         "find_threshold + keep_masks": lambda: list(keep_masks(pieces, find_threshold(pieces, k))),
+        "the same for a target of costs": lambda: list(
+            keep_masks(pieces, find_cost_threshold(pieces, costs, goal))
+        ),
         "the same, scores not in pieces": lambda: list(keep_masks(whole, find_threshold(whole, k))),
     }
 

@@ -2,25 +2,24 @@
 
 from typing import TYPE_CHECKING
 
-from pruneflow.pruning.granularity.blocks import Block
-from pruneflow.pruning.granularity.channels import Channels
-from pruneflow.pruning.granularity.nm import NM
+from pruneflow.pruning.evidence import gradients, input_norms
+from pruneflow.pruning.granularity import NM, Block, Channels, Granularity, Weights
 from pruneflow.pruning.importance import Context, Given, Random, magnitude, taylor
 from pruneflow.pruning.masking import InPlace, Reparametrize
 from pruneflow.pruning.masks import MaskSet
-from pruneflow.pruning.plan import Clock, Plan
+from pruneflow.pruning.plan import Clock, Epochs, Plan, Steps
 from pruneflow.pruning.pruner import Pruner
-from pruneflow.pruning.schedules import Compounding, Cubic, Explicit, Linear, OneShot
+from pruneflow.pruning.schedules import Compounding, Cubic, Explicit, Linear, OneShot, Rounds
 from pruneflow.pruning.selection import compute_masks
 from pruneflow.structure.channels.removal import remove_channels
-from pruneflow.structure.costs import latency, multiply_adds
+from pruneflow.structure.costs import Costs, latency, multiply_adds
 from pruneflow.structure.folding import fold, fold_model
 from pruneflow.structure.layer_types import register_layer
 from pruneflow.structure.sparsity import SparsityReport, sparsity, sparsity_report
 
 if TYPE_CHECKING:
     from pruneflow.deploy.classifying import load_classifier
-    from pruneflow.training.calibration import Gradients
+    from pruneflow.training.calibration import Calibration, Gradients
     from pruneflow.training.callback import PruningCallback
     from pruneflow.training.checkpoint import SparsityCheckpoint
     from pruneflow.training.checkpoint_io import AtomicCheckpointIO
@@ -30,6 +29,7 @@ else:
     # Lightning takes seconds to import: what needs it is looked up when it is first asked for.
     _IN_LIGHTNING = {
         "AtomicCheckpointIO": "training.checkpoint_io",
+        "Calibration": "training.calibration",
         "Gradients": "training.calibration",
         "PruningCallback": "training.callback",
         "SparsityCheckpoint": "training.checkpoint",
@@ -51,14 +51,18 @@ __all__ = [
     "NM",
     "AtomicCheckpointIO",
     "Block",
+    "Calibration",
     "Channels",
     "Clock",
     "Compounding",
     "Context",
+    "Costs",
     "Cubic",
+    "Epochs",
     "Explicit",
     "Given",
     "Gradients",
+    "Granularity",
     "InPlace",
     "Linear",
     "MaskSet",
@@ -68,11 +72,16 @@ __all__ = [
     "PruningCallback",
     "Random",
     "Reparametrize",
+    "Rounds",
     "SparsityCheckpoint",
     "SparsityReport",
+    "Steps",
+    "Weights",
     "compute_masks",
     "fold",
     "fold_model",
+    "gradients",
+    "input_norms",
     "latency",
     "load_classifier",
     "magnitude",

@@ -1,9 +1,9 @@
-"""Many processes: one decision for all of them, whether they hold copies of the weights or shards.
+"""Distributed training: all processes get the same masks, for replicated and sharded weights.
 
-Processes with copies of the weights (`DistributedDataParallel`) take the masks that rank 0 makes.
-Sharded weights (`fully_shard`: `DTensor`s) stay where they are. Each process answers for its own
-part of every tensor: read in the order of ranks, the parts are the whole tensor, row-major, each
-entry once. What the parts have to agree on goes through `gather`.
+With replicated weights (`DistributedDataParallel`), rank 0 computes the masks for all. Sharded
+weights (`fully_shard`: `DTensor`s) stay where they are, and each process handles its local part:
+the local parts, in the order of ranks, are the row-major full tensor, each entry once. Processes
+communicate through `gather`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # importing it takes most of a second; who has shards has done so already
+from pruneflow.errors import expect
+
+if TYPE_CHECKING:  # slow to import; with sharded weights it is imported already
     from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what `fully_shard` has gathered for a forward pass that no backward pass followed.
+    """Free weights that `fully_shard` gathered for a forward pass without a backward pass.
 
-    The next forward pass would use it, weights from before the prune.
+    Otherwise the next forward pass would use these weights, from before pruning.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules():
@@ -35,35 +37,40 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_placements(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are spread over processes in a way that cannot be pruned.
+    """Check that tensors are distributed in a supported way.
 
     Raises:
-        ValueError: Naming each such tensor, and why.
+        ValueError: Names each unsupported tensor, with the reason.
     """
     sharded = any(is_sharded(tensor) for tensor in tensors.values())
-    refused = [
-        f"{name} ({why})" for name, tensor in tensors.items() if (why := _refusal(tensor, sharded))
+    unsupported = [
+        f"{name} ({reason})"
+        for name, tensor in tensors.items()
+        if (reason := _why_unsupported(tensor, sharded))
     ]
-    if refused:
-        raise ValueError(
-            "`model` is expected to have copies of its weights in every process, or all of them "
-            "as DTensors, Shard(0) or Replicate, on a mesh of all processes, but it has "
-            f"{', '.join(refused)}; shard it with fully_shard, or `exclude` them"
-        )
+    expect(
+        not unsupported,
+        "model",
+        "have replicated weights, or all of them as DTensors (Shard(0) or Replicate) on a mesh of "
+        "all processes",
+        ", ".join(unsupported),
+        "shard the model with fully_shard, or `exclude` these tensors",
+    )
 
 
 def decide(compute: Callable[[], T], tensors: Iterable[Tensor]) -> T:
-    """Compute something so that every process gets the same, or raises the same error.
+    """Call a function so that all processes get the same result, or raise the same error.
 
-    Every process has to call it. Copies of the weights may differ in their last bits, and random
-    numbers do: hence rank 0 computes for all. Of sharded weights, every process computes its part.
+    All processes must call it. With replicated weights rank 0 computes the result for all, since
+    replicas may differ in their last bits and random numbers do. With sharded weights every process
+    calls the function.
 
     Args:
-        compute: Computes it; for sharded weights a collective, by `gather` alone.
-        tensors: The weights it computes with.
+        compute: The function; with sharded weights it may communicate, through `gather` only.
+        tensors: The weights it uses.
 
     Returns:
-        What `compute` returned, of rank 0 if the weights are copies.
+        What `compute` returned, on rank 0 if the weights are replicated.
 
     Example:
         >>> decide(lambda: 1 + 1, [])  # one process
@@ -72,19 +79,19 @@ def decide(compute: Callable[[], T], tensors: Iterable[Tensor]) -> T:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return compute()
     if any(is_sharded(tensor) for tensor in tensors):
-        return _together(compute)
-    return _from_rank_zero(compute)
+        return _on_all_ranks(compute)
+    return _on_rank_zero(compute)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Join the tensors of all processes along the first dimension, in the order of ranks."""
-    return torch.cat(_exchange(tensor.cpu())).to(tensor.device)
+    """Concatenate the tensors of all processes along the first dimension, in the order of ranks."""
+    return torch.cat(_all_gather(tensor.cpu())).to(tensor.device)
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Put the mean over processes in place of every `.grad`; of sharded weights it is one already.
+    """Replace every `.grad` by its mean over all processes, except those of sharded weights.
 
-    Every process has to call it. Where some of them have no gradient, it counts as zero there.
+    FSDP averages these itself. All processes must call it. Missing gradients count as zero.
     """
     if not dist.is_initialized():
         return
@@ -97,24 +104,42 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             parameter.grad /= dist.get_world_size()
 
 
+def sum_over_processes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum the tensors of each name over all processes; missing ones count as zero.
+
+    All processes must call it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(tensors)
+    everywhere: dict[str, torch.Size] = {}
+    for shapes in _all_gather({name: tensor.shape for name, tensor in tensors.items()}):
+        everywhere |= shapes
+    device = next((tensor.device for tensor in tensors.values()), None)
+    sums = {}
+    for name, shape in sorted(everywhere.items()):
+        sums[name] = tensors[name].clone() if name in tensors else torch.zeros(shape, device=device)
+        dist.all_reduce(sums[name])
+    return sums
+
+
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether processes hold shards (or replicas) of the tensor that know of each other."""
+    """Whether a tensor is a `DTensor`."""
     sharding = sys.modules.get("torch.distributed.tensor")
     return sharding is not None and isinstance(tensor, sharding.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from its shards if it has any."""
+def gather_full(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered from its shards if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of the tensor: its shard, or all of it."""
+def to_local(tensor: Tensor) -> Tensor:
+    """The local shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def place(values: Tensor, like: Tensor) -> Tensor:
-    """Lay `values`, which every process has, out as `like` is: on its device, sharded if it is."""
+def distribute_like(values: Tensor, like: Tensor) -> Tensor:
+    """Distribute `values`, equal in all processes, like another tensor: device and placements."""
     if not is_sharded(like):
         return values.to(like.device)
     if is_sharded(values):
@@ -123,22 +148,22 @@ def place(values: Tensor, like: Tensor) -> Tensor:
         if placement.is_shard():
             shards = [*values.chunk(like.device_mesh.size(dim)), values[:0]]
             values = shards[min(like.device_mesh.get_local_rank(dim), len(shards) - 1)]
-    return _sharded(values.to(like.device), like)
+    return _from_local(values.to(like.device), like)
 
 
-def own(values: Tensor, like: Tensor) -> Tensor:
-    """The part of `values` that this process answers for, given that they are laid out as `like`.
+def local_part(values: Tensor, like: Tensor) -> Tensor:
+    """The part of `values` that this process handles if they are distributed like `like`.
 
-    Of a plain tensor that is all of it. Replicas are answered for by the first of them.
+    All of it for a plain tensor. Of several replicas only the first is not empty.
     """
     if not is_sharded(like):
         return values
-    part = local(place(values, like))
+    part = to_local(distribute_like(values, like))
     return part if _is_first_replica(like) else part[:0]
 
 
-def assemble(part: Tensor, like: Tensor) -> Tensor:
-    """Make one tensor, laid out as `like`, of the parts that the processes answer for."""
+def from_local_parts(part: Tensor, like: Tensor) -> Tensor:
+    """Build a tensor distributed like `like` from the `local_part` of each process."""
     if not is_sharded(like):
         return part
     if not _is_first_replica(like):
@@ -146,30 +171,30 @@ def assemble(part: Tensor, like: Tensor) -> Tensor:
     for dim, placement in enumerate(like.placements):
         if placement.is_replicate():
             dist.broadcast(part, group=like.device_mesh.get_group(dim), group_src=0)
-    return _sharded(part, like)
+    return _from_local(part, like)
 
 
 class _SharedError(Exception):
-    """Carries an error that all processes have been told of."""
+    """Wraps an error that all processes have received."""
 
 
-def _together(compute: Callable[[], T]) -> T:
+def _on_all_ranks(compute: Callable[[], T]) -> T:
     try:
         try:
             result = compute()
         except _SharedError:
             raise
         except Exception as error:
-            # The others get it where they wait for what this process would have told them.
-            _exchange(_portable(error))
+            # The other processes receive it in their next `_all_gather`.
+            _all_gather(_picklable(error))
         else:
-            _exchange(None)
+            _all_gather(None)
     except _SharedError as shared:
         raise shared.args[0] from shared.__context__
     return result
 
 
-def _exchange(value: Any) -> list[Any]:
+def _all_gather(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     errors = [value for value in values if isinstance(value, Exception)]
@@ -178,13 +203,13 @@ def _exchange(value: Any) -> list[Any]:
     return values
 
 
-def _from_rank_zero(compute: Callable[[], T]) -> T:
-    outcome: list[Any] = [None, None]  # what is computed, and what goes wrong
+def _on_rank_zero(compute: Callable[[], T]) -> T:
+    outcome: list[Any] = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
             outcome[0] = compute()
         except Exception as error:
-            outcome[1] = _portable(error)
+            outcome[1] = _picklable(error)
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -192,8 +217,8 @@ def _from_rank_zero(compute: Callable[[], T]) -> T:
     return result
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot be sent to another process."""
+def _picklable(error: Exception) -> Exception:
+    """The error, or one with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -201,16 +226,16 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _refusal(tensor: Tensor, sharded: bool) -> str | None:
+def _why_unsupported(tensor: Tensor, sharded: bool) -> str | None:
     if hasattr(tensor, "_fsdp_flattened"):
-        return "FullyShardedDataParallel has flattened it"
+        return "flattened by FullyShardedDataParallel"
     if not is_sharded(tensor):
-        return "it is not sharded, but others are" if sharded else None
+        return "not sharded, but others are" if sharded else None
     from torch.distributed.tensor import Shard  # noqa: PLC0415, see above
 
     placements = tensor.placements
     if tensor.device_mesh.mesh.flatten().tolist() != list(range(dist.get_world_size())):
-        return "its mesh does not span all processes in their order"
+        return "its mesh does not span all processes in the order of ranks"
     if sum(placement.is_shard() for placement in placements) > 1 or not all(
         placement.is_replicate() or (type(placement) is Shard and placement.dim == 0)
         for placement in placements
@@ -226,7 +251,7 @@ def _is_first_replica(tensor: DTensor) -> bool:
     )
 
 
-def _sharded(part: Tensor, like: DTensor) -> DTensor:
+def _from_local(part: Tensor, like: DTensor) -> DTensor:
     return like.from_local(
         part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )

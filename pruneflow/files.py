@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pathlib import Path
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it once the block has succeeded.
+    """Yield a temporary path that replaces `path` once the block has succeeded.
 
-    The temporary file lies in the same folder, hence on the same file system, so that the last step
-    is one atomic rename: a reader, or a process killed at any moment, sees the old file or the new
-    one. When the block raises, the temporary file is deleted and `path` is left as it was; what a
-    killed process left is overwritten by the next write. One writer at a time.
+    The temporary file is in the same folder, so the last step is one atomic rename: a reader sees
+    the old file or the new one, even if the process is killed. If the block raises, the temporary
+    file is deleted and `path` is unchanged. The next write overwrites what a killed process left.
+    One writer at a time.
 
     Args:
-        path: The file to write; its folder is made when missing.
+        path: The file to write; its folder is created if needed.
 
     Raises:
-        OSError: ENOSPC, if the block fails on a disk that is full: torch and safetensors say less.
+        OSError: ENOSPC, if the block fails on a full disk; torch and safetensors do not say so.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -35,15 +35,15 @@ def write_whole(path: Path) -> Iterator[Path]:
         ['plan.txt']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: savers such as matplotlib choose the format by it. File systems take
-    # names of 255 bytes.
+    # Keep the suffix last: matplotlib and others choose the format by it. File names are limited to
+    # 255 bytes.
     room = 255 - len(f"..partial{path.suffix}".encode())
     stem = path.stem.encode()[:room].decode(errors="ignore")
     temporary = path.with_name(f".{stem}.partial{path.suffix}")
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # that of any new file; safetensors lets nobody else read
+        mode = temporary.stat().st_mode  # the default; safetensors makes files private
         yield temporary
         temporary.chmod(mode)
         with temporary.open("rb") as written:
@@ -58,17 +58,16 @@ def write_whole(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, suffix: str = "", *, age: float = 3600) -> None:
-    """Delete the temporary files that killed writers left in a folder.
+    """Delete temporary files that killed writers left in a folder.
 
-    A name that is written again overwrites what was left; this is for names that are not, such as
-    those of checkpoints. A living writer's file is young: each write makes it new.
+    Needed for names that are never written again, such as those of checkpoints.
 
     Args:
-        folder: The folder; it may be missing.
-        suffix: Of the files that were to be written.
-        age: In seconds; what was written to since is left alone.
+        folder: The folder; it may not exist.
+        suffix: Suffix of the files that were being written.
+        age: Seconds since the last write; younger files may belong to a running process.
     """
     for temporary in folder.glob(f".*.partial{suffix}"):
-        with suppress(FileNotFoundError):  # somebody else swept
+        with suppress(FileNotFoundError):  # another process deleted it
             if time.time() - temporary.stat().st_mtime > age:
                 temporary.unlink()

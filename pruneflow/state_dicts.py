@@ -1,7 +1,7 @@
-"""What a `state_dict` says beside its tensors: of each module, the version of what it holds.
+"""The metadata of a `state_dict`: the version of each module.
 
-PyTorch keeps that in an attribute, `_metadata`, which files of tensors alone lose; but networks
-such as torchvision's MNASNet refuse a `state_dict` without it.
+PyTorch keeps it in the attribute `_metadata`, which files of plain tensors lose. Some networks,
+such as torchvision's MNASNet, cannot load a `state_dict` without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KEY = "pruneflow.modules"  # in the metadata of a safetensors file
 
 
 def described(state_dict: Mapping[str, Tensor], prefix: str = "") -> str | None:
-    """What a `state_dict` says of its modules below a prefix, as JSON; None if it says nothing.
+    """The metadata of the modules under a prefix, as JSON; None if there is none.
 
     Example:
         >>> from torch import nn
@@ -39,16 +39,16 @@ def described(state_dict: Mapping[str, Tensor], prefix: str = "") -> str | None:
 
 
 def with_description(tensors: Mapping[str, Tensor], text: str | None) -> OrderedDict[str, Tensor]:
-    """A `state_dict` that says of its modules what `described` gave.
+    """A `state_dict` with the metadata that `described` returned.
 
     Raises:
-        ValueError: If that is no such text.
+        ValueError: If `text` is not such metadata.
     """
     state_dict: Any = OrderedDict(tensors)
     if text is not None:
         modules = json.loads(text)
         if not isinstance(modules, dict) or not all(isinstance(m, dict) for m in modules.values()):
-            raise ValueError("what it says of its modules is no mapping of mappings")
+            raise ValueError("the metadata of its modules is not a mapping of mappings")
         state_dict._metadata = OrderedDict(modules)
     result: OrderedDict[str, Tensor] = state_dict
     return result
@@ -57,17 +57,17 @@ def with_description(tensors: Mapping[str, Tensor], text: str | None) -> Ordered
 def save_safetensors(
     state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 ) -> None:
-    """Write a `state_dict`, for `load_safetensors` to read; the same one gives the same bytes.
+    """Write a `state_dict` that `load_safetensors` can read; equal ones give equal bytes.
 
     Args:
-        state_dict: Tensors that share no memory.
+        state_dict: Tensors that do not share memory.
         path: The file.
-        metadata: Further texts to keep in the file.
+        metadata: More metadata to store in the file.
     """
     text = described(state_dict)
     modules = {} if text is None else {_KEY: text}
     save_file(dict(state_dict), path, {**modules, **metadata})
-    with path.open("r+b") as file:  # safetensors writes metadata in an order of its own each time
+    with path.open("r+b") as file:  # safetensors writes metadata in random order
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         if "__metadata__" in header:
@@ -81,8 +81,8 @@ def load_safetensors(path: str | Path) -> OrderedDict[str, Tensor]:
     """Read a safetensors file as the `state_dict` it was written from.
 
     Raises:
-        safetensors.SafetensorError: If it is no such file.
-        ValueError: If what it says of its modules is damaged.
+        safetensors.SafetensorError: If it is not a safetensors file.
+        ValueError: If the metadata of its modules is damaged.
     """
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

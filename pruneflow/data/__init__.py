@@ -1,4 +1,4 @@
-"""Datamodules that hand out whole augmented batches; they know nothing of pruning."""
+"""Datamodules that augment whole batches on the training device."""
 
 from pruneflow.data.datamodule import ImageData, Labelled
 from pruneflow.data.datasets import CIFAR10, Digits, ImageFolder

@@ -1,7 +1,7 @@
-"""Batches as a pure function of (seed, epoch): draw an epoch's numbers, then cut whole batches.
+"""Batches as a pure function of (seed, epoch).
 
-A *draw* is four int64 numbers: image, top, left, mirrored. An epoch is a tensor of them, split into
-batches; `AugmentedImages` turns each part into images on the device where they lie.
+A *draw* is four int64 numbers: image, top, left, mirrored. An epoch is a tensor of draws, split
+into batches; `AugmentedImages` turns each into images, on the device of the images.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 def training_draws(indices: Tensor, epoch: int, *, seed: int, padding: int, flip: bool) -> Tensor:
-    """Shuffle `indices` and draw a crop and a mirroring for each, from a generator of their own.
+    """Shuffle `indices` and draw a random crop and flip for each, with a separate generator.
 
     Args:
         indices: int64 (N,), the images of the epoch.
-        seed: Any non-negative integer.
         epoch: Counted from 0; together with `seed` it determines the result.
-        padding: Pixels by which the images were padded on each side; corners are in [0, 2 padding].
-        flip: Mirror half of the images, left to right.
+        seed: Any non-negative integer.
+        padding: Pixels of padding on each side of the images; corners are in [0, 2 padding].
+        flip: Whether to flip half of the images horizontally.
 
     Returns:
         int64 (N, 4): image, top, left, mirrored.
@@ -39,7 +39,7 @@ def training_draws(indices: Tensor, epoch: int, *, seed: int, padding: int, flip
         >>> torch.equal(first, again), first[:, 0].sort().values
         (True, tensor([0, 1, 2, 3, 4]))
     """
-    # torch's CPU generator keeps 32 bits of its seed, so the pair is hashed into as many.
+    # PyTorch's CPU generator uses 32 bits of its seed, so hash the pair to 32 bits.
     state = np.random.SeedSequence((seed, epoch)).generate_state(1)
     generator = torch.Generator().manual_seed(int(state[0]))
     count = len(indices)
@@ -50,7 +50,7 @@ def training_draws(indices: Tensor, epoch: int, *, seed: int, padding: int, flip
 
 
 def fixed_draws(indices: Tensor, *, padding: int) -> Tensor:
-    """Draws that show the images at `indices` as they are and in their order.
+    """Draws of the images at `indices`, in order and without augmentation.
 
     Example:
         >>> fixed_draws(torch.tensor([7, 8]), padding=4)
@@ -63,13 +63,13 @@ def fixed_draws(indices: Tensor, *, padding: int) -> Tensor:
 
 
 class AugmentedImages(Dataset[Batch]):
-    """Images that are indexed by draws and come out as one normalised batch.
+    """A dataset indexed by draws that returns normalised batches.
 
     Args:
         images: uint8 (N, C, H, W). A tensor is padded once; files are decoded batch by batch.
         labels: int64 (N,).
-        padding: Zero pixels added on each side before a crop of (H, W) is cut.
-        mean: float32 (C,), of pixels in [0, 1].
+        padding: Zero padding on each side before a crop of size (H, W).
+        mean: float32 (C,), for pixels in [0, 1].
         std: float32 (C,).
     """
 
@@ -84,14 +84,14 @@ class AugmentedImages(Dataset[Batch]):
         self._shift = (-mean / std).reshape(-1, 1, 1)
 
     def to(self, device: torch.device) -> None:
-        """Move the images to `device`, where the batches are then made."""
+        """Move the images to `device`, where batches are then created."""
         if isinstance(self._images, Tensor):
             self._images = self._images.to(device)
         self._labels = self._labels.to(device)
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
 
     def fingerprint(self) -> str:
-        """A digest of images (if they are in memory), labels and normalisation."""
+        """A hash of images (if in memory), labels and normalisation."""
         digest = hashlib.sha256()
         for tensor in (self._images, self._labels, self._scale, self._shift):
             if isinstance(tensor, Tensor):
@@ -99,14 +99,14 @@ class AugmentedImages(Dataset[Batch]):
         return digest.hexdigest()
 
     def __getitem__(self, draws: Tensor) -> Batch:
-        """Make the batch of `draws`, int64 (B, 4): float32 (B, C, H, W) and labels int64 (B,)."""
+        """The batch of `draws`, int64 (B, 4): float32 (B, C, H, W) and labels int64 (B,)."""
         index, top, left, mirrored = draws.unbind(1)
         labels = self._labels[index]
         images = self._images
         if not isinstance(images, Tensor):
             images, index = pad(images[index], self._padding), torch.arange(len(index))
         height, width = self._crop
-        # A view of every possible crop, so that one gather both selects and crops.
+        # A view of every possible crop, so that one indexing operation selects and crops.
         windows = images.unfold(2, height, 1).unfold(3, width, 1)
         crops = windows[index, :, top, left]
         crops = torch.where(mirrored.bool().reshape(-1, 1, 1, 1), crops.flip(3), crops)
@@ -114,18 +114,18 @@ class AugmentedImages(Dataset[Batch]):
 
 
 class EpochDraws:
-    """The draws of one epoch after another, a batch at a time; the sampler of an `EpochLoader`.
+    """The draws of an epoch, batch by batch; the sampler of an `EpochLoader`.
 
-    Batches differ in size by at most one image and are never larger than `batch_size`; every
-    process gets as many of them as the others, and no image twice.
+    Batch sizes differ by at most one and do not exceed `batch_size`. Every process gets the same
+    number of batches, and each image goes to one process.
 
     Args:
         draw: epoch -> int64 (count, 4).
-        count: Images an epoch.
-        batch_size: Largest number of images in a batch, in each process.
-        rank: This process, of `world_size`.
+        count: Images per epoch.
+        batch_size: Maximum batch size in each process.
+        rank: Rank of this process.
         world_size: Number of processes.
-        device: Where the draws are wanted; they go there once an epoch.
+        device: The device to move the draws to, once per epoch.
 
     Example:
         >>> sampler = EpochDraws(lambda epoch: torch.zeros(10, 4), count=10, batch_size=4)
@@ -151,7 +151,7 @@ class EpochDraws:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw for `epoch`, counted from 0, from the next iteration on. Lightning calls this."""
+        """Set the epoch, counted from 0, for the next iteration. Lightning calls this."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -164,19 +164,19 @@ class EpochDraws:
 
 
 class EpochLoader:
-    """What a datamodule gives to Lightning: batches, and a `sampler` that is told the epoch.
+    """A data loader for Lightning, which sets the epoch of its `sampler`.
 
-    It is deliberately no `DataLoader`: Lightning would replace the sampler of one in distributed
-    training and advise worker processes, which batches made on the device do not need.
+    It is not a `DataLoader`: Lightning would replace its sampler in distributed training, and
+    recommend workers, which are not needed for batches created on the device.
 
     Args:
-        images: Makes the batches.
-        sampler: Says which.
-        num_workers: Processes that make batches; 0 makes them here.
-        pin_memory: Pin what the workers send, for a faster way to a GPU.
+        images: The dataset.
+        sampler: The draws of each batch.
+        num_workers: Number of worker processes; 0 creates batches in this process.
+        pin_memory: Whether to pin the memory of batches from workers.
     """
 
-    batch_sampler = None  # Lightning reads it wherever there is a `sampler`
+    batch_sampler = None  # Lightning reads it if there is a `sampler`
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class EpochLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator, so that an epoch set between `iter` and the first `next` still counts.
+        # A generator, so that an epoch set between `iter` and the first `next` is used.
         if self._num_workers == 0:
             for draws in self.sampler:
                 yield self._images[draws]
@@ -206,5 +206,5 @@ class EpochLoader:
                 sampler=list(self.sampler),
                 num_workers=self._num_workers,
                 pin_memory=self._pin_memory,
-                generator=torch.Generator(),  # else it draws from the global one
+                generator=torch.Generator(),  # otherwise it uses the global one
             )

@@ -1,4 +1,4 @@
-"""The one mechanism that all datamodules share; where the images come from is in `datasets`."""
+"""The base class of all datamodules; `datasets` has the subclasses that load images."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pruneflow.data.batches import (
 )
 from pruneflow.data.images import Images, channel_statistics
 from pruneflow.data.splits import spread, stratified_split
+from pruneflow.errors import expect
 
 _log = logging.getLogger(__name__)
 
@@ -34,32 +35,33 @@ class Labelled(NamedTuple):
 
 
 class ImageData(LightningDataModule):
-    """Images held as one uint8 tensor on the training device, where whole batches are augmented.
+    """Images as one uint8 tensor on the training device, where whole batches are augmented.
 
-    Order and augmentation are a function of (seed, epoch) alone, so a resumed run sees the batches
-    it would have seen; no global random state is read or changed. A set that is larger than
-    `memory_limit` gives the same batches from worker processes, more slowly.
+    Order and augmentation depend on (seed, epoch) only, so a resumed run gets the same batches; no
+    global random state is used. A dataset larger than `memory_limit` gives the same batches from
+    worker processes, but more slowly.
 
-    A subclass says in `load` where the images come from. After `prepare_data()` and `setup()` there
-    are `classes` (names), `num_classes` and `image_shape` (C, H, W).
+    Subclasses implement `load`. After `prepare_data()` and `setup()`, the attributes `classes`
+    (names), `num_classes` and `image_shape` (C, H, W) are available.
 
     Args:
         root: Folder of the data; `Digits` needs none.
-        batch_size: Largest number of images in a batch, in each process.
-        seed: Of order and augmentation.
-        val_size: What of the training images to hold out for validation, stratified by class: a
-            fraction in (0, 1), or a number of images.
-        split_seed: Of that split; apart from `seed`, so that runs of several seeds share it.
-        crop_padding: Zero pixels added on each side before a crop of the image's size is cut; 0
-            for no random crops.
-        flip: Mirror half of the training images.
-        image_size: Height and width in pixels to resize to; None keeps the images' own size.
-        mean: Of each channel, of pixels in [0, 1]; None measures it on training images, and `setup`
-            puts it here.
-        std: Of each channel; None does the same.
-        memory_limit: Bytes that the padded images may take on the device.
-        num_workers: Processes that make batches when `memory_limit` is exceeded; None leaves one
-            core to the training.
+        batch_size: Maximum batch size in each process.
+        seed: Seed of order and augmentation.
+        val_size: Training images to hold out for validation, stratified by class: a fraction in
+            (0, 1), or a number of images.
+        split_seed: Seed of that split; separate from `seed`, so that runs with different seeds
+            share it.
+        crop_padding: Zero padding on each side before a random crop to the original size; 0 for no
+            random crops.
+        flip: Whether to flip half of the training images horizontally.
+        image_size: Height and width in pixels to resize to; None keeps the original size.
+        mean: Mean of each channel, for pixels in [0, 1]; if None, `setup` measures it on training
+            images and sets it.
+        std: Standard deviation of each channel; None as for `mean`.
+        memory_limit: Maximum bytes of padded images to hold on the device.
+        num_workers: Number of worker processes if `memory_limit` is exceeded; None for all cores
+            but one.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -94,10 +96,8 @@ class ImageData(LightningDataModule):
             ("memory_limit", memory_limit, 0),
             ("num_workers", num_workers, 0),
         ):
-            if value is not None and value < least:
-                raise ValueError(
-                    f"`{name}` is expected to be at least {least}, but {value} came; set it so"
-                )
+            valid = value is None or value >= least
+            expect(valid, name, f"be at least {least}", value, f"set {name}={least} or more")
         self.root = None if root is None else Path(root)
         self.batch_size = batch_size
         self.seed = seed
@@ -118,19 +118,19 @@ class ImageData(LightningDataModule):
         return len(self.classes)
 
     def load(self) -> tuple[Labelled, Labelled, Sequence[str]]:
-        """Training images, test images and the names of the classes; called once, by `setup`."""
+        """Return training images, test images and class names; called once, by `setup`."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images, split off the validation set and measure mean and deviation; once.
+        """Load the images, split off the validation set and measure mean and std, once.
 
         Args:
-            stage: Ignored: every stage needs the training images, for their mean.
+            stage: Ignored, as every stage needs the mean of the training images.
         """
         if self._ready:
             return
         _log.info(
-            "Reading pictures: %s%s", type(self).__name__, f", {self.root}" if self.root else ""
+            "Loading images: %s%s", type(self).__name__, f", {self.root}" if self.root else ""
         )
         train, test, classes = self.load()
         self.classes = tuple(classes)
@@ -144,8 +144,8 @@ class ImageData(LightningDataModule):
             train, test = _read(train), _read(test)
         else:
             _log.warning(
-                "%s: %d bytes of images exceed `memory_limit`=%d: worker processes make the "
-                "batches; they are the same, but come more slowly",
+                "%s: %d bytes of images exceed `memory_limit`=%d: worker processes create the "
+                "batches, which is slower",
                 type(self).__name__,
                 needed,
                 self.memory_limit,
@@ -157,7 +157,7 @@ class ImageData(LightningDataModule):
         self._val_order = self.val_indices[spread(train.labels[self.val_indices])]
         self._test_order = spread(test.labels)
         _log.info(
-            "Pictures: %d to train on, %d to validate on, %d to test on",
+            "Images: %d for training, %d for validation, %d for testing",
             len(self.train_indices),
             len(self.val_indices),
             len(self._test_order),
@@ -165,7 +165,7 @@ class ImageData(LightningDataModule):
         self._ready = True
 
     def fingerprint(self) -> str:
-        """A digest of the training images and labels, or of their labels where files hold them."""
+        """A hash of the training labels, and of the images unless they are in files."""
         return self._train.fingerprint()
 
     def train_dataloader(self) -> EpochLoader:
@@ -180,12 +180,12 @@ class ImageData(LightningDataModule):
         return self._loader(self._train, draw, len(self.train_indices))
 
     def val_dataloader(self) -> EpochLoader:
-        """The held-out training images, as they are; each class is spread over all batches."""
+        """The validation images, not augmented; each class is spread over all batches."""
         draws = fixed_draws(self._val_order, padding=self.crop_padding)
         return self._loader(self._train, lambda epoch: draws, len(draws))
 
     def test_dataloader(self) -> EpochLoader:
-        """The test images, as they are; each class is spread over all batches."""
+        """The test images, not augmented; each class is spread over all batches."""
         draws = fixed_draws(self._test_order, padding=0)
         return self._loader(self._test, lambda epoch: draws, len(draws))
 
@@ -217,16 +217,11 @@ class ImageData(LightningDataModule):
     def _mean_and_std(self, images: Images) -> tuple[Tensor, Tensor]:
         channels = images.shape[1]
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != channels:
-                raise ValueError(
-                    f"`{name}` is expected to have one value for each of {channels} channels, but "
-                    f"{list(values)} came; leave it out to have it measured"
-                )
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(
-                f"`std` is expected to be positive, but {list(self.std)} came; leave it out to "
-                "have it measured"
-            )
+            valid = values is None or len(values) == channels
+            expected = f"have one value for each of {channels} channels"
+            expect(valid, name, expected, values, "leave it out to have it measured")
+        positive = self.std is None or min(self.std) > 0
+        expect(positive, "std", "be positive", self.std, "leave it out to have it measured")
         if self.mean is not None and self.std is not None:
             return torch.tensor(list(self.mean)), torch.tensor(list(self.std))
         mean, std = channel_statistics(images, self.train_indices)
@@ -248,7 +243,7 @@ def _nbytes(images: Images, padding: int) -> int:
 
 
 def _read(data: Labelled) -> Labelled:
-    """Decode what still lies in files."""
+    """Decode images that are in files."""
     if isinstance(data.images, Tensor):
         return data
     return Labelled(data.images[torch.arange(len(data.images))], data.labels)

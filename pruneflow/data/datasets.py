@@ -1,4 +1,4 @@
-"""Where each datamodule's images come from."""
+"""Datamodules for digits, CIFAR-10 and folders of images."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torchvision.datasets
 from pruneflow.data.datamodule import ImageData, Labelled
 from pruneflow.data.images import ImageFiles, common_size, resize
 from pruneflow.data.splits import stratified_split
+from pruneflow.errors import expect
 
 
 class Digits(ImageData):
-    """Scikit-learn's 1797 handwritten digits, 8x8 and grey, that come with it: no download.
+    """The 1797 handwritten digits of scikit-learn, 8x8 and grey; no download.
 
-    A fifth, stratified and always the same, is the test set. See `ImageData` for the arguments;
-    `root` is accepted, so that data can be swapped, and not read.
+    A fixed stratified fifth is the test set. See `ImageData` for the arguments; `root` is ignored.
 
     Example:
         >>> data = Digits()
@@ -27,8 +27,8 @@ class Digits(ImageData):
     """
 
     def load(self) -> tuple[Labelled, Labelled, Sequence[str]]:
-        """Read the digits and split off the test set."""
-        from sklearn.datasets import load_digits  # noqa: PLC0415  a second that others need not wait
+        """Load the digits and split off the test set."""
+        from sklearn.datasets import load_digits  # noqa: PLC0415  a slow import
 
         digits = load_digits()
         # 0..16 becomes 0..240.
@@ -44,40 +44,39 @@ class Digits(ImageData):
 
 
 class CIFAR10(ImageData):
-    """CIFAR-10, downloaded to `root` and checked by MD5 unless it lies there.
+    """CIFAR-10, downloaded to `root` if it is not there, and checked by MD5.
 
     See `ImageData` for the arguments.
 
     Raises:
         ValueError: If `root` is None.
-        FileNotFoundError: If it neither lies in `root` nor can be downloaded.
+        FileNotFoundError: If it is not in `root` and cannot be downloaded.
     """
 
     def prepare_data(self) -> None:
-        """Download what is missing."""
+        """Download the data if needed."""
         self._read(train=False, download=True)
 
     def load(self) -> tuple[Labelled, Labelled, Sequence[str]]:
-        """Read the archive's batches."""
+        """Load the images."""
         train, classes = self._read(train=True, download=False)
         test, _ = self._read(train=False, download=False)
         return train, test, classes
 
     def _read(self, *, train: bool, download: bool) -> tuple[Labelled, Sequence[str]]:
         archive = torchvision.datasets.CIFAR10
-        if self.root is None:
-            raise ValueError(
-                "`root` is expected to be the folder of CIFAR-10 or to download it to, but None "
-                "came; set data.root=DIR"
-            )
+        set_root, remedy = self.root is not None, "set data.root=DIR"
+        expect(
+            set_root, "root", "be the folder of CIFAR-10, or one to download it to", None, remedy
+        )
         try:
             dataset = archive(str(self.root), train=train, download=download)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"`root`={str(self.root)!r} is expected to hold CIFAR-10, as {archive.filename} or "
-                f"unpacked as {archive.base_folder}/, but it does not, or not intact, and "
-                f"{archive.url} could not be read ({error}); put the archive there, or train on a "
-                "folder of images with data=image_folder data.root=DIR"
+                f"`root` must hold CIFAR-10, as {archive.filename} or unpacked as "
+                f"{archive.base_folder}/, got {str(self.root)!r}, where it is missing or damaged, "
+                f"and {archive.url} could not be downloaded ({error}); put the archive there, or "
+                "train on a folder of images with data=image_folder data.root=DIR"
             ) from error
         images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor(dataset.targets)
@@ -85,34 +84,34 @@ class CIFAR10(ImageData):
 
 
 class ImageFolder(ImageData):
-    """Any tree `root`/train/<class>/*.jpg and `root`/test/<class>/*.jpg, read as RGB.
+    """RGB images in folders: `root`/train/<class>/*.jpg and `root`/test/<class>/*.jpg.
 
-    Other formats that torchvision's `ImageFolder` reads serve as well. Images of unequal size need
+    All image formats of torchvision's `ImageFolder` are supported. Images of different sizes need
     `image_size`: each is cropped to a centred square and resized. See `ImageData` for the
     arguments.
 
     Raises:
         ValueError: If `root` is None, if train and test have different classes, or if the images
             differ in size and `image_size` is None.
-        FileNotFoundError: If `root` holds no such tree, or a class has no images.
+        FileNotFoundError: If `root` does not have these folders, or a class has no images.
     """
 
     def load(self) -> tuple[Labelled, Labelled, Sequence[str]]:
         """List the files; they are decoded later."""
         if self.root is None:
             raise ValueError(
-                "`root` is expected to be a folder that holds train/ and test/, but None came; "
-                "set data.root=DIR"
+                "`root` must be a folder with train/ and test/, got None; set data.root=DIR"
             )
         train, test = (self._list(self.root / part) for part in ("train", "test"))
-        if train.classes != test.classes:
-            only_train = sorted(set(train.classes) - set(test.classes))
-            only_test = sorted(set(test.classes) - set(train.classes))
-            raise ValueError(
-                f"`root`={str(self.root)!r} is expected to have the same classes in train/ and "
-                f"test/, but only train/ has {only_train} and only test/ has {only_test}; add or "
-                "remove these folders"
-            )
+        only_train = sorted(set(train.classes) - set(test.classes))
+        only_test = sorted(set(test.classes) - set(train.classes))
+        expect(
+            train.classes == test.classes,
+            "root",
+            "have the same classes in train/ and test/",
+            f"{only_train} in train/ only and {only_test} in test/ only, in {str(self.root)!r}",
+            "add or remove these folders",
+        )
         parts = [[path for path, _ in part.samples] for part in (train, test)]
         if self.image_size is None:
             size = common_size(parts[0] + parts[1])
@@ -129,6 +128,7 @@ class ImageFolder(ImageData):
             return torchvision.datasets.ImageFolder(str(folder))
         except OSError as error:
             raise FileNotFoundError(
-                f"`root`={str(self.root)!r} is expected to hold train/<class>/*.jpg and "
-                f"test/<class>/*.jpg, but: {error}; set data.root=DIR to the folder above train/"
+                "`root` must hold train/<class>/*.jpg and test/<class>/*.jpg, got "
+                f"{str(self.root)!r} ({error}); set data.root=DIR to the folder that contains "
+                "train/"
             ) from error

@@ -1,4 +1,4 @@
-"""Where images come from: a uint8 tensor, or files that are decoded when they are indexed."""
+"""Images as a uint8 tensor, or as files that are decoded when they are indexed."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize as torchvision_resize
 
+from pruneflow.errors import expect
+
 
 def pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """A picture as uint8 (channels, height, width).
+    """The pixels of an image, uint8 (channels, height, width).
 
     Args:
-        image: Of any mode.
-        channels: 1 for grey, 3 for RGB.
-        size: Width and height in pixels. A picture of another size is cropped to this ratio, around
-            its centre, and resized.
+        image: A PIL image of any mode.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA.
+        size: Width and height in pixels. An image of another size is centre-cropped to this aspect
+            ratio and resized.
 
     Raises:
-        ValueError: If there are other channels than pictures have.
+        ValueError: If `channels` is another number.
 
     Example:
         >>> pixels(Image.new("RGB", (20, 10), "white"), 1, (8, 8)).shape
         (1, 8, 8)
     """
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    if channels not in modes:
-        raise ValueError(f"`channels` must be 1, 3 or 4, got {channels}; give a tensor instead")
+    expect(channels in modes, "channels", "be 1, 3 or 4", channels, "pass a tensor instead")
     image = image.convert(modes[channels])
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
@@ -41,30 +42,29 @@ def pixels(image: Image.Image, channels: int, size: tuple[int, int]) -> np.ndarr
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """Open a picture, and name it if it cannot be read.
+    """Open an image.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it cannot be read.
     """
     try:
         with Image.open(path) as file:
             yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"`root` must hold pictures that can be read, got {path} ({error}); replace or delete "
-            "it"
+            f"`root` must hold images that can be read, got {path} ({error}); replace or delete it"
         ) from error
 
 
 class ImageFiles:
-    """Image files that answer as a uint8 tensor of shape (N, 3, H, W) would.
+    """Image files that are indexed like a uint8 tensor of shape (N, 3, H, W).
 
-    Indexing decodes on as many threads as torch uses, so a data worker decodes on one.
+    Indexing decodes with as many threads as PyTorch uses, so a data worker uses one.
 
     Args:
-        paths: One file an image, in any format that PIL reads; converted to RGB.
-        size: Width and height in pixels. An image of another size is cropped to this ratio, around
-            its centre, and resized.
+        paths: Image files in any format that PIL supports; converted to RGB.
+        size: Width and height in pixels. An image of another size is centre-cropped to this aspect
+            ratio and resized.
     """
 
     def __init__(self, paths: Sequence[str], size: tuple[int, int]) -> None:
@@ -95,10 +95,10 @@ class ImageFiles:
 
 
 def common_size(paths: Sequence[str]) -> tuple[int, int]:
-    """Width and height in pixels that all images at `paths` share, from their headers.
+    """The common width and height in pixels of all images at `paths`, from their headers.
 
     Raises:
-        ValueError: If one differs from the first.
+        ValueError: If the images differ in size.
     """
 
     def read(path: str) -> tuple[int, int]:
@@ -111,8 +111,8 @@ def common_size(paths: Sequence[str]) -> tuple[int, int]:
     for path, size in zip(paths, sizes, strict=True):
         if size != first:
             raise ValueError(
-                f"`image_size` is expected when images differ in size (width x height): {paths[0]} "
-                f"is {first[0]}x{first[1]}, but {path} is {size[0]}x{size[1]}; set for instance "
+                "`image_size` must be set if images differ in size (width x height), got None for "
+                f"{paths[0]} ({first[0]}x{first[1]}) and {path} ({size[0]}x{size[1]}); try "
                 f"image_size={min(first)}"
             )
     return first
@@ -141,10 +141,10 @@ def channel_statistics(images: Images, indices: Tensor) -> tuple[Tensor, Tensor]
 
     Args:
         images: uint8 (N, C, H, W).
-        indices: int64, the images to measure; of more than 10,000, evenly spaced ones are taken.
+        indices: int64, the images to measure; at most 10,000 of them, evenly spaced, are used.
 
     Returns:
-        Two float32 tensors of shape (C,). A constant channel gets a deviation of 1/255.
+        Two float32 tensors of shape (C,). The minimum standard deviation is 1/255.
 
     Example:
         >>> images = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1)

@@ -1,18 +1,20 @@
-"""Parts of a labelled set that have each class in proportion."""
+"""Stratified splits and orders of a labelled dataset."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pruneflow.errors import expect
+
 
 def stratified_split(labels: Tensor, size: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split the indices of `labels` in two, each class in proportion to within one image.
+    """Split the indices of `labels` in two, stratified by class to within one image.
 
     Args:
         labels: int64 (N,).
-        size: What to hold out: a fraction in (0, 1), or a number of images.
-        seed: Determines the split; no other random state is used.
+        size: Images to hold out: a fraction in (0, 1), or a number.
+        seed: Seed of the split; no global random state is used.
 
     Returns:
         The indices kept and the indices held out, int64, both ascending.
@@ -27,11 +29,8 @@ def stratified_split(labels: Tensor, size: float, seed: int) -> tuple[Tensor, Te
     """
     total = len(labels)
     count = round(size * total) if isinstance(size, float) else size
-    if not 0 < count < total:
-        raise ValueError(
-            f"`val_size` is expected to hold out between 1 and {total - 1} of the {total} images, "
-            f"as a number or a fraction, but {size!r} came, which is {count}; 0.1 is usual"
-        )
+    expected = f"hold out between 1 and {total - 1} of {total} images, as a number or a fraction"
+    expect(0 < count < total, "val_size", expected, f"{size} ({count} images)", "try 0.1")
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     held_out = torch.zeros(total, dtype=torch.bool)
@@ -40,13 +39,13 @@ def stratified_split(labels: Tensor, size: float, seed: int) -> tuple[Tensor, Te
 
 
 def spread(labels: Tensor) -> Tensor:
-    """An order in which the first so many images, however many, have each class in proportion.
+    """Order images so that each class is spread evenly.
 
     Args:
         labels: int64 (N,).
 
     Returns:
-        All indices of `labels`, int64; within a class they are shuffled, always alike.
+        All indices of `labels`, int64, shuffled within each class in a fixed way.
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
@@ -56,6 +55,6 @@ def spread(labels: Tensor) -> Tensor:
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     counts = labels.bincount()
-    first, own = counts.cumsum(0) - counts, labels[by_class]
-    place = (torch.arange(len(labels)) - first[own] + 0.5) / counts[own]  # in its class, in (0, 1)
-    return by_class[place.argsort(stable=True)]
+    first, label = counts.cumsum(0) - counts, labels[by_class]
+    position = (torch.arange(len(labels)) - first[label] + 0.5) / counts[label]  # in its class
+    return by_class[position.argsort(stable=True)]

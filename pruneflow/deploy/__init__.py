@@ -1,4 +1,4 @@
-"""What is handed over: packed files, smaller networks, a sparse runtime, ONNX."""
+"""Deployment: packed files, smaller networks, a sparse runtime, ONNX."""
 
 from pruneflow.deploy.forms import Form, measure_forms
 from pruneflow.deploy.onnx import OnnxModel, export_onnx

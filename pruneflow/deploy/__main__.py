@@ -1,4 +1,4 @@
-"""Pack a file of weights, unpack it, or list what it holds."""
+"""Pack a file of weights, unpack it, or list its contents."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pruneflow.deploy.packed import inspect_packed, load_packed, save_packed
+from pruneflow.errors import expect
 from pruneflow.files import write_whole
 from pruneflow.state_dicts import described, load_safetensors, save_safetensors, with_description
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; an error is one line on stderr and exit code 2.
+    """Run one command; errors are printed as one line to stderr, with exit code 2.
 
     Args:
-        arguments: What follows `python -m pruneflow.deploy`; None takes those of the process.
+        arguments: Command-line arguments; None takes those of the process.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser("python -m pruneflow.deploy", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    pack = commands.add_parser("pack", help="leave the pruned weights out")
+    pack = commands.add_parser("pack", help="leave out the pruned weights")
     pack.add_argument("source", type=Path, help=".safetensors, .pt or .ckpt")
     pack.add_argument("target", type=Path, help="the packed file to write")
     pack.add_argument(
@@ -40,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="same",
         help="float16 rounds the survivors of pruned weights; default same",
     )
-    unpack = commands.add_parser("unpack", help="put the zeros back in place")
+    unpack = commands.add_parser("unpack", help="restore the zeros")
     unpack.add_argument("source", type=Path, help="a packed file")
     unpack.add_argument("target", type=Path, help="the .safetensors to write")
-    inspect = commands.add_parser("inspect", help="list what a packed file holds")
+    inspect = commands.add_parser("inspect", help="list the contents of a packed file")
     inspect.add_argument("source", type=Path, help="a packed file")
     chosen = parser.parse_args(arguments)
     try:
@@ -60,41 +61,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _read(path: Path, target: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"`source`={str(path)!r} is expected to be a file; check the path")
-    if path.resolve() == target.resolve():
-        raise ValueError(f"`target`={str(target)!r} is expected to be another file than `source`")
+    remedy = "check the path"
+    expect(path.is_file(), "source", "be a file", repr(str(path)), remedy, error=FileNotFoundError)
+    other = path.resolve() != target.resolve()
+    remedy = "choose another path"
+    expect(other, "target", "be another file than `source`", repr(str(target)), remedy)
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # there are as many kinds as there are ways to be damaged
+    except Exception as error:  # damaged files can raise anything
         raise ValueError(
-            f"`source`={str(path)!r} is expected to hold a state_dict, but it is damaged or holds "
-            f"other objects, which are not unpickled ({str(error).partition(chr(10))[0]}); save "
+            f"`source` must hold a state_dict, got {str(path)!r}, which is damaged or holds other "
+            f"objects, which are not unpickled ({str(error).partition(chr(10))[0]}); save "
             "model.state_dict()"
         ) from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(
-            f"`source`={str(path)!r} is expected to hold a state_dict, but it holds a "
-            f"{type(loaded).__name__}; save model.state_dict()"
-        )
+    got = f"a {type(loaded).__name__} in {str(path)!r}"
+    remedy = "save model.state_dict()"
+    expect(isinstance(loaded, Mapping), "source", "hold a state_dict", got, remedy)
     state_dict: Mapping[str, Tensor] = loaded.get("state_dict", loaded)
     return state_dict
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
-    if path.suffix != ".safetensors":
-        raise ValueError(
-            f"`target`={str(path)!r} is expected to end in .safetensors, which is what is written; "
-            "give it that suffix"
-        )
-    apart: dict[str, Tensor] = {}  # safetensors knows no tied tensors
+    suffixed = path.suffix == ".safetensors"
+    remedy = "use that suffix, as only safetensors files are written"
+    expect(suffixed, "target", "end in .safetensors", repr(str(path)), remedy)
+    untied: dict[str, Tensor] = {}  # safetensors does not support tied tensors
     for name, tensor in tensors.items():
-        tied = any(tensor is other for other in apart.values())
-        apart[name] = tensor.clone() if tied else tensor
+        tied = any(tensor is other for other in untied.values())
+        untied[name] = tensor.clone() if tied else tensor
     with write_whole(path) as temporary:
-        save_safetensors(with_description(apart, described(tensors)), temporary, {"format": "pt"})
+        save_safetensors(with_description(untied, described(tensors)), temporary, {"format": "pt"})
 
 
 def _lines(path: Path) -> list[str]:
@@ -112,8 +110,8 @@ def _lines(path: Path) -> list[str]:
         )
         for tensor in tensors
     ]
-    own = [tensor for tensor in tensors if tensor.same_as is None]
-    totals = (sum(t.entries for t in own), sum(t.nonzeros for t in own), sum(t.bytes for t in own))
+    untied = [tensor for tensor in tensors if tensor.same_as is None]
+    totals = (sum(getattr(t, key) for t in untied) for key in ("entries", "nonzeros", "bytes"))
     rows.append(("total", "", "", "", *_counts(*totals)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -121,7 +119,7 @@ def _lines(path: Path) -> list[str]:
         for row in rows
     ]
     size = path.stat().st_size
-    dense = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in own)
+    dense = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in untied)
     lines.append(f"{size:,} bytes, dense {dense:,}: {dense / size:.1f} times smaller")
     return lines
 

@@ -1,4 +1,4 @@
-"""Build the forms of a pruned model that `forms` measures, each from the file handed over."""
+"""Build the forms of a pruned model that `forms` measures, each from its file."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _SHRUNK, _SHRUNK_ONNX = "shrunk.pt2", "shrunk.onnx"
 
 
 def drop_shrunk(folder: Path) -> None:
-    """Delete the shrunk forms of an earlier run, which this one may not have."""
+    """Delete the shrunk forms of an earlier run, which a new run may not write."""
     for name in (_SHRUNK, _SHRUNK_ONNX):
         (folder / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Built:
-    """A form that runs.
+    """A form that was built.
 
     Args:
-        run: From a batch to outputs.
-        file: What it was built from.
-        network: What a process of its own unpickles to run the same; None where it loads the file.
-        layout: Memory format that batches are brought into.
-        note: What is to be said of it.
+        run: Maps a batch to outputs.
+        file: The file it was built from.
+        network: The module another process unpickles to run it; None if it loads the file.
+        layout: Memory format of batches.
+        note: Remarks on it.
     """
 
     run: Run
@@ -52,21 +52,21 @@ class Built:
 
 
 def in_pytorch(network: nn.Module, layout: torch.memory_format) -> Run:
-    """Run a network on batches that are brought into a memory format."""
+    """Run a network on batches in a memory format."""
     return lambda batch: network(batch.contiguous(memory_format=layout))
 
 
 @dataclass(frozen=True)
 class Builder:
-    """What the forms are built from.
+    """Builds the forms.
 
     Args:
         dense: The model before pruning.
         pruned: The model with exact zeros.
         example: A batch of one.
-        folder: Gets the files that are handed over.
-        scratch: Gets those that are only weighed.
-        layout: Memory format that PyTorch runs images in.
+        folder: Folder of the files to deploy.
+        scratch: Folder of files that are only measured.
+        layout: Memory format of images in PyTorch.
     """
 
     dense: nn.Module
@@ -77,7 +77,7 @@ class Builder:
     layout: torch.memory_format
 
     def build(self) -> tuple[dict[str, Built], dict[str, str]]:
-        """Build all forms: those that run and compute the right outputs, and a note on each."""
+        """Build all forms; returns those with correct outputs, and a note on each."""
         drop_shrunk(self.folder)
         built: dict[str, Built] = {}
         notes: dict[str, str] = {}
@@ -91,7 +91,7 @@ class Builder:
             ("sparse runtime", self.pruned, self._sparse),
         ):
             try:
-                with warnings.catch_warnings(record=True) as said:
+                with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("ignore")
                     warnings.filterwarnings("always", module=r"pruneflow\.deploy")
                     form = build()
@@ -99,12 +99,12 @@ class Builder:
                         wrong = mismatch(model(self.example), form.run(self.example))
             except ImportError as error:
                 notes[name] = f"needs {INSTALL}" if INSTALL in str(error) else str(error)
-            except Exception as error:  # the table of a finished run must not end it
+            except Exception as error:  # a form that fails must not fail the run
                 if name == "dense":
                     raise
                 notes[name] = str(error) or type(error).__name__
             else:
-                warned = dict.fromkeys(str(warning.message) for warning in said)
+                warned = dict.fromkeys(str(warning.message) for warning in caught)
                 notes[name] = " ".join(filter(None, [form.note, *warned]))
                 if wrong is None:
                     built[name] = form
@@ -128,7 +128,7 @@ class Builder:
 
     def _shrunk(self) -> Built:
         file = self.folder / _SHRUNK
-        pair = torch.cat([self.example] * 2)  # older PyTorch takes a length of 1 for a constant
+        pair = torch.cat([self.example] * 2)  # older PyTorch specialises a size of 1
         program = torch.export.export(
             self._laid_out(self._shrunk_model),
             (pair,),
@@ -143,19 +143,19 @@ class Builder:
                     wrong = mismatch(self.pruned(batch), run(batch))
                 if wrong is not None:
                     raise ValueError(
-                        f"{file.name} was not written: read back, its outputs for a batch of "
+                        f"{file.name} was not written: once loaded, its outputs for a batch of "
                         f"{count} are {wrong}."
                     )
-        return Built(run, file, layout=self.layout, note=self._what_is_left())
+        return Built(run, file, layout=self.layout, note=self._remaining())
 
-    def _what_is_left(self) -> str:
+    def _remaining(self) -> str:
         models = self._shrunk_model, self.dense
-        left, parameters = (sum(p.numel() for p in model.parameters()) for model in models)
+        remaining, parameters = (sum(p.numel() for p in model.parameters()) for model in models)
         cheaper, multiply_adds = (
             multiply_adds_by_weight(model, self.example)[0] for model in models
         )
         return (
-            f"{left:,} of {parameters:,} parameters and {cheaper:,} of {multiply_adds:,} "
+            f"{remaining:,} of {parameters:,} parameters and {cheaper:,} of {multiply_adds:,} "
             "multiply-adds are left."
         )
 
@@ -166,7 +166,7 @@ class Builder:
         threads = torch.get_num_threads()
         try:
             compiled = sparse_compile(self._shrunk_model, self.example, threads=threads)
-        except (ValueError, RuntimeError):  # shrinking may use operations that it does not know
+        except (ValueError, RuntimeError):  # the shrunk model may use unsupported operations
             compiled = sparse_compile(self.pruned, self.example, threads=threads)
         return Built(compiled, self._packed_file, compiled)
 

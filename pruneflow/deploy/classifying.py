@@ -1,4 +1,4 @@
-"""Use what a run hands over: from a file, or a run folder, to the names of classes."""
+"""Classify images with the result of a run."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from torch import Tensor, nn
 from pruneflow.data.images import pixels
 from pruneflow.deploy import load_packed
 from pruneflow.deploy.packed import FORMAT
+from pruneflow.errors import expect
 from pruneflow.models import load_state, load_weights, small_cnn, torchvision_model
 
-KEY = "pruneflow.classifier"  # one alone: safetensors writes several in any order
+KEY = "pruneflow.classifier"  # a single key: safetensors writes several in random order
 
 
 class Description(TypedDict):
-    """What files of weights say beside the weights, as JSON in their metadata."""
+    """What a classifier needs besides its weights; JSON in the metadata of the file."""
 
-    network: str  # what builds it, such as pruneflow.models.small_cnn
-    arguments: dict[str, Any]  # and with which arguments
+    network: str  # the function that builds it, such as pruneflow.models.small_cnn
+    arguments: dict[str, Any]  # of that function
     classes: list[str]  # names, in the order of the outputs
     image_shape: list[int]  # channels, height, width
-    mean: list[float] | None  # of each channel, of pixels in [0, 1]; None: not known
+    mean: list[float] | None  # of each channel, for pixels in [0, 1]; None if not known
     std: list[float] | None
 
 
 class Prediction(NamedTuple):
-    """The class that a picture is most likely of."""
+    """The most likely class of an image."""
 
     name: str
     probability: float
 
 
 def describe(network: Mapping[str, Any], data: Any) -> Description:
-    """Say what a classifier needs beside its weights.
+    """Describe what a classifier needs besides its weights.
 
     Args:
-        network: `_target_`, and the arguments of what it names.
+        network: `_target_` and its arguments.
         data: The datamodule it was trained on.
     """
     channels, *_ = shape = [int(length) for length in data.image_shape]
@@ -63,7 +64,7 @@ def metadata(description: Description) -> dict[str, str]:
     return {KEY: json.dumps(description)}
 
 
-# Networks that are built because a file says so; whatever else it names is code to be trusted.
+# Networks that are built if a file names them; anything else it names could be untrusted code.
 _BUILT: dict[str, Callable[..., nn.Module]] = {
     "pruneflow.models.small_cnn": small_cnn,
     "pruneflow.models.torchvision_model": torchvision_model,
@@ -71,19 +72,19 @@ _BUILT: dict[str, Callable[..., nn.Module]] = {
 
 
 def load_classifier(path: str | Path, network: nn.Module | None = None) -> ImageClassifier:
-    """Load the result of a run to classify pictures with; plain PyTorch, on the CPU.
+    """Load the result of a run as an image classifier, in plain PyTorch on the CPU.
 
-    Nothing that the file names is imported or run: the networks of `pruneflow.models` are built
-    from the arguments that it holds, others have to be given.
+    Nothing that the file names is imported or run: networks of `pruneflow.models` are built from
+    the arguments in the file; others must be passed as `network`.
 
     Args:
         path: A run folder, or its `model.safetensors` or `model.packed`.
-        network: The network to load the weights into, where it is your own.
+        network: The network to load the weights into, if it is your own.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file says nothing of classes and pictures, or its weights are of another
-            network.
+        ValueError: If the file does not describe classes and images, or its weights are those of
+            another network.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -102,25 +103,34 @@ def load_classifier(path: str | Path, network: nn.Module | None = None) -> Image
     if path.is_dir():
         files = [path / "model.safetensors", path / "model.packed"]  # task=deploy writes the latter
         path = next((file for file in files if file.exists()), files[0])
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`path` must be a run folder or a file of weights, got {str(path)!r}, which is none; "
-            "a run writes model.safetensors when it ends"
-        )
-    about = _read(path)
+    expect(
+        path.is_file(),
+        "path",
+        "be a run folder or a file of weights",
+        f"{str(path)!r}, which does not exist",
+        "check the path; a run writes model.safetensors when it ends",
+        error=FileNotFoundError,
+    )
+    description = _read(path)
     if network is None:
-        if about["network"] not in _BUILT:
-            arguments = ", ".join(f"{key}={value!r}" for key, value in about["arguments"].items())
-            raise ValueError(
-                f"`network` must be given for weights of {about['network']}, which is not run only "
-                f"because a file names it; give network={about['network']}({arguments})"
-            )
-        network = _BUILT[about["network"]](**about["arguments"])
+        target = description["network"]
+        expect(
+            target in _BUILT,
+            "network",
+            f"be given for weights of {target}, as code named in a file is not run",
+            "None",
+            f"pass network={target}({_keywords(description)})",
+        )
+        network = _BUILT[target](**description["arguments"])
     if path.suffix == ".packed":
         load_state(network, load_packed(path), str(path))
     else:
         load_weights(network, path)
-    return ImageClassifier(network, about).eval()
+    return ImageClassifier(network, description).eval()
+
+
+def _keywords(description: Description) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in description["arguments"].items())
 
 
 def _read(path: Path) -> Description:
@@ -129,27 +139,30 @@ def _read(path: Path) -> Description:
             found: dict[str, str] = file.metadata() or {}
         if FORMAT in found:
             found = json.loads(found[FORMAT])["metadata"]
-        about: Any = json.loads(found[KEY])
-        described: Description = {key: about[key] for key in Description.__annotations__}  # type: ignore[assignment]
+        read: Any = json.loads(found[KEY])
+        description: Description = {key: read[key] for key in Description.__annotations__}  # type: ignore[assignment]
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"`path` must be a file of a run, which says what classes and pictures its weights are "
-            f"for, got {str(path)!r}, which does not ({error}); give model.safetensors or "
-            "model.packed of a run folder"
+            f"`path` must be a file of a run, with a description of its classes and images, got "
+            f"{str(path)!r}, which has none ({error}); give model.safetensors or model.packed of a "
+            "run folder"
         ) from error
-    return described
+    return description
 
 
 class ImageClassifier(nn.Module):
-    """A network with what turns pictures into its inputs, and its outputs into names.
+    """A network with the preprocessing of its images and the names of its classes.
 
     Args:
-        network: Normalised images, float32 (B, C, H, W), to logits (B, classes).
-        description: What it was trained on.
+        network: Maps normalised images, float32 (B, C, H, W), to logits (B, classes).
+        description: Its images and classes.
 
     Attributes:
         classes: Names, in the order of the outputs.
         image_shape: Channels, height and width of its images.
+
+    Raises:
+        ValueError: If the description has no mean or standard deviation.
     """
 
     mean: Tensor
@@ -162,10 +175,9 @@ class ImageClassifier(nn.Module):
         self.image_shape = tuple(description["image_shape"])
         if description["mean"] is None or description["std"] is None:
             raise ValueError(
-                "`mean` and `std` must be known to turn pictures into inputs, got none: the "
-                "datamodule of the run has no such attributes; give it both, each a list with a "
-                "number for each channel, or load the weights with "
-                "safetensors.torch.load_file"
+                "`mean` and `std` must be known to normalise images, got None, as the datamodule "
+                "of the run does not have these attributes; add both to it, each a list with one "
+                "number per channel, or load the weights with safetensors.torch.load_file"
             )
         for name, values in (("mean", description["mean"]), ("std", description["std"])):
             self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
@@ -179,14 +191,14 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def predict(self, picture: Any) -> Prediction:
-        """Say what a picture shows.
+        """Predict the class of an image.
 
         Args:
-            picture: A path or a PIL image, of any size, which is cropped and resized as in the
-                training; or a tensor (C, H, W) of the network's size, uint8 or float in [0, 1].
+            picture: A path or a PIL image of any size, cropped and resized as in training; or a
+                tensor (C, H, W) of the network's size, uint8 or float in [0, 1].
 
         Raises:
-            ValueError: If a tensor has another shape, or floats outside of [0, 1].
+            ValueError: If a tensor has another shape, or floats outside [0, 1].
         """
         probabilities = self(self._image(picture)[None].to(self.mean.device))[0].softmax(0)
         best = int(probabilities.argmax())
@@ -200,33 +212,34 @@ class ImageClassifier(nn.Module):
         if isinstance(picture, Image.Image):
             return torch.from_numpy(pixels(picture, channels, (width, height)))
         image = torch.as_tensor(picture)
-        if image.shape != self.image_shape:
-            raise ValueError(
-                f"`picture` must be of shape {self.image_shape}, got {tuple(image.shape)}; give a "
-                "path or a PIL image to have it cropped and resized"
-            )
-        if image.is_floating_point() and not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError(
-                f"`picture` must hold floats in [0, 1], got {float(image.min()):.3g} to "
-                f"{float(image.max()):.3g}; give it as it was before it was normalised, or uint8"
-            )
+        expect(
+            image.shape == self.image_shape,
+            "picture",
+            f"have shape {self.image_shape}",
+            tuple(image.shape),
+            "pass a path or a PIL image to have it cropped and resized",
+        )
+        if image.is_floating_point():
+            low, high = float(image.min()), float(image.max())
+            got = f"{low:.3g} to {high:.3g}"
+            remedy = "do not normalise it, or pass uint8"
+            expect(low >= 0 and high <= 1, "picture", "hold floats in [0, 1]", got, remedy)
         return image
 
 
 def snippet(description: Description, model: str, picture: str) -> str:
-    """Lines of Python that classify one picture in a fresh process.
+    """Python code that classifies one image in a new process.
 
     Args:
-        description: Of the classifier.
-        model: Where the run folder lies.
-        picture: Where a picture lies.
+        description: That of the classifier.
+        model: Path of the run folder.
+        picture: Path of an image.
     """
     imports, given = ["from pruneflow import load_classifier"], ""
     if description["network"] not in _BUILT:
         module, _, name = description["network"].rpartition(".")
-        arguments = ", ".join(f"{key}={value!r}" for key, value in description["arguments"].items())
         imports.append(f"from {module} import {name}")
-        given = f", {name}({arguments})"
+        given = f", {name}({_keywords(description)})"
     return "\n".join(
         [
             *imports,

@@ -1,4 +1,4 @@
-"""How one tensor becomes the streams of a packed file and back; `packed` describes the layout."""
+"""Encode tensors as the streams of a packed file, and decode them; see `packed` for the format."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-Words = NDArray[Any]  # unsigned integers, in one dimension
+Words = NDArray[Any]  # unsigned integers, 1-D
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype)
 }
-# Gaps and values look random, and the short matches that zstd finds in them cost more than they
-# save: it is to code symbols and little else. benchmarks/packed.py compares this with its levels.
+# Gaps and values look random: short matches cost zstd more than they save, so these settings mostly
+# leave entropy coding. benchmarks/packed.py compares them with zstd's levels.
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
 _MOST_TIMES_SMALLER = 2**15  # zstd spends at least 4 bytes on a block of 128 KiB
 _MOST_DIMENSIONS = 64  # of a tensor
@@ -32,7 +32,7 @@ _HALVED = {"float32": np.float32, "float64": np.float64}
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index of a packed file says of one tensor; its keys are these."""
+    """The entry of one tensor in the index of a packed file, with the same keys."""
 
     name: str
     dtype: str
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def stored(self) -> int:
-        """Bytes that are stored of all streams."""
+        """Total bytes stored in its streams."""
         return sum(stored for _, stored in self.streams)
 
     @property
@@ -57,38 +57,41 @@ class Entry:
 
     @property
     def words(self) -> int:
-        """How many words the tensor has."""
+        """Number of words in the tensor."""
         return self.bytes // min(8, DTYPES[self.dtype].itemsize)
 
     def check(self) -> None:
-        """Refuse what `encode` never makes, before anything is allocated for it.
+        """Check that `encode` could have created the entry, before allocating memory for it.
 
         Raises:
-            ValueError: Says what is wrong.
+            ValueError: With the problem.
         """
         name = self.name
-        # JSON can hold halves of characters, which nothing could write down again.
+        # JSON can hold lone surrogates, which cannot be encoded again.
         text = isinstance(name, str) and name == name.encode(errors="ignore").decode()
-        expect(text, f"the name {name!r} is no text")
+        check(text, f"the name {name!r} is not text")
         shaped = _are_counts(self.shape) and len(self.shape) <= _MOST_DIMENSIONS
-        expect(shaped, f"the shape of {name!r} is no list of sizes")
+        check(shaped, f"the shape of {name!r} is not a list of sizes")
         counts = _are_counts([self.kept, self.start, self.crc32])
-        expect(counts, f"what is counted of {name!r} is no whole number")
+        check(counts, f"the counts of {name!r} are not integers")
         pairs = isinstance(self.streams, list) and all(map(_are_counts, self.streams))
         pairs = pairs and all(len(pair) == 2 for pair in self.streams)
-        expect(pairs, f"the streams of {name!r} are no pairs of lengths")
+        check(pairs, f"the streams of {name!r} are not pairs of lengths")
         for dtype in (self.dtype, self.values):
             known = isinstance(dtype, str) and dtype in DTYPES
-            expect(known, f"{dtype!r} is no dtype of this PyTorch")
+            check(known, f"{dtype!r} is not a dtype of this version of PyTorch")
         halved = self.positions != "all" and self.dtype in _HALVED and self.values == "float16"
-        expect(halved or self.values == self.dtype, f"{name!r} has values of another dtype")
+        check(halved or self.values == self.dtype, f"the values of {name!r} have another dtype")
         for size, stored in self.streams:
             fits = stored <= size <= stored * _MOST_TIMES_SMALLER
-            expect(fits, "a stream is too short for what it promises")
+            check(fits, "a stream is too short for its size")
         sizes, planes = [size for size, _ in self.streams], min(8, DTYPES[self.values].itemsize)
-        expect(self.positions in ("all", "gaps", "mask"), f"{self.positions!r} are no positions")
+        check(
+            self.positions in ("all", "gaps", "mask"),
+            f"{self.positions!r} is not a kind of positions",
+        )
         where = [] if self.positions == "all" else sizes[:1]
-        expect(len(sizes) == len(where) + planes, "a stream is missing")
+        check(len(sizes) == len(where) + planes, "a stream is missing")
         least, most = {
             "all": (0, 0),
             "mask": (-(-self.words // 8),) * 2,
@@ -96,17 +99,17 @@ class Entry:
         }[self.positions]
         same = self.kept == self.words if self.positions == "all" else self.kept <= self.words
         same = same and all(size == self.kept for size in sizes[len(where) :])
-        expect(same and least <= sum(where) <= most, "values and positions differ in number")
+        check(same and least <= sum(where) <= most, "the numbers of values and positions differ")
 
 
 def encode(name: str, tensor: Tensor, start: int, *, halve: bool) -> tuple[Entry, bytes]:
-    """Turn a tensor into its entry and what is stored of its streams.
+    """Encode a tensor as its entry and the bytes of its streams.
 
     Args:
-        name: Of the tensor.
-        tensor: Of any dtype, shape and strides.
-        start: Where its streams will begin.
-        halve: Write the values of a pruned weight as float16 where that can hold them.
+        name: Name of the tensor.
+        tensor: A tensor of any dtype, shape and strides.
+        start: Offset of its streams in the file.
+        halve: Store the values of a pruned weight as float16 if it can represent them.
 
     Example:
         >>> tensor = torch.tensor([[0, 0, 7], [0, 9, 0]], dtype=torch.uint8)
@@ -139,15 +142,15 @@ def encode(name: str, tensor: Tensor, start: int, *, halve: bool) -> tuple[Entry
 
 
 def decode(entry: Entry, stored: bytes) -> Tensor:
-    """Turn what is stored of a tensor's streams into the tensor.
+    """Decode the bytes of a tensor's streams.
 
     Raises:
-        Exception: Of many kinds, if the bytes are not those of the entry, or it contradicts itself.
+        Exception: Of any type, if the bytes do not match the entry, or it is inconsistent.
     """
     dtype, values, count = DTYPES[entry.dtype], DTYPES[entry.values], entry.words
     width = min(8, dtype.itemsize)
     ends = list(accumulate((length for _, length in entry.streams), initial=0))
-    expect(zlib.crc32(stored) == entry.crc32, f"the checksum of {entry.name!r} differs")
+    check(zlib.crc32(stored) == entry.crc32, f"the checksum of {entry.name!r} does not match")
     streams = [
         _unpacked(stored[start:end], size)
         for (size, _), (start, end) in zip(entry.streams, pairwise(ends), strict=True)
@@ -158,32 +161,32 @@ def decode(entry: Entry, stored: bytes) -> Tensor:
         where = {"mask": _from_mask, "gaps": _from_gaps}[entry.positions](streams.pop(0))
         expected = len(where)
     kept = _joined(streams)
-    expect(len(kept) == entry.kept == expected, "values and positions differ in number")
+    check(len(kept) == entry.kept == expected, "the numbers of values and positions differ")
     if values != dtype:
         kept = kept.view(np.float16).astype(_HALVED[entry.dtype]).view(f"u{width}")
-    words = np.zeros(count, f"u{width}")  # takes no memory where nothing is written
+    words = np.zeros(count, f"u{width}")  # untouched pages take no memory
     words[where] = kept
     return torch.from_numpy(words.view(np.uint8)).view(dtype).reshape(tuple(entry.shape))
 
 
 def decompress(frame: bytes, size: int) -> bytes:
-    """The `size` bytes that a zstd frame holds.
+    """Decompress a zstd frame of `size` bytes.
 
     Raises:
-        ValueError: If it says that it holds another number, or more than its length allows:
-            nothing is allocated that a damaged file only promises.
+        ValueError: If it declares another size, or more than its length allows, so that damaged
+            files do not lead to large allocations.
         zstandard.ZstdError: If it is damaged.
     """
-    expect(zstandard.frame_content_size(frame) == size, "a stream has another length")
-    expect(size <= len(frame) * _MOST_TIMES_SMALLER, "a stream is too short for what it promises")
+    check(zstandard.frame_content_size(frame) == size, "a stream has another size")
+    check(size <= len(frame) * _MOST_TIMES_SMALLER, "a stream is too short for its size")
     data: bytes = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     return data
 
 
-def expect(condition: bool, otherwise: str) -> None:
-    """Raise a ValueError that says `otherwise`, unless the condition holds."""
+def check(condition: bool, problem: str) -> None:
+    """Raise a ValueError with the problem, unless a condition on a packed file holds."""
     if not condition:
-        raise ValueError(otherwise)
+        raise ValueError(problem)
 
 
 def _are_counts(numbers: Any) -> bool:
@@ -191,7 +194,7 @@ def _are_counts(numbers: Any) -> bool:
 
 
 def _words(tensor: Tensor) -> Words:
-    """Its bits, row-major."""
+    """The bits of a tensor, row-major."""
     plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     data: Words = plain.reshape(-1).view(torch.uint8).numpy()
     return data.view(f"u{min(8, tensor.itemsize)}")
@@ -208,7 +211,7 @@ def _unpacked(stored: bytes, size: int) -> Words:
 
 
 def _gaps(positions: Words) -> Words:
-    """Zeros before each position: 255 for every 255 of them, then a byte below 255."""
+    """Number of zeros before each position: a byte 255 for every 255, then the rest."""
     full, rest = np.divmod(np.diff(positions, prepend=-1) - 1, 255)
     gaps = np.full(len(rest) + full.sum(), 255, np.uint8)
     gaps[np.cumsum(full + 1) - 1] = rest
@@ -226,24 +229,24 @@ def _from_mask(mask: Words) -> Words:
 
 
 def _planes(words: Words) -> list[Words]:
-    """One array for each byte of the words turned left by one bit, the lowest first."""
-    turned = (words << 1) | (words >> (8 * words.itemsize - 1))
-    return [(turned >> (8 * byte)).astype(np.uint8) for byte in range(words.itemsize)]
+    """One array for each byte of the words rotated left by one bit, the lowest first."""
+    rotated = (words << 1) | (words >> (8 * words.itemsize - 1))
+    return [(rotated >> (8 * byte)).astype(np.uint8) for byte in range(words.itemsize)]
 
 
 def _joined(planes: Sequence[Words]) -> Words:
     *lower, highest = planes
-    turned: Words = highest.astype(f"u{len(planes)}")
+    rotated: Words = highest.astype(f"u{len(planes)}")
     for plane in reversed(lower):
-        turned <<= 8
-        turned |= plane
-    return (turned >> 1) | (turned << (8 * turned.itemsize - 1))
+        rotated <<= 8
+        rotated |= plane
+    return (rotated >> 1) | (rotated << (8 * rotated.itemsize - 1))
 
 
 def _halved(words: Words, dtype: str) -> Words | None:
-    """The words of the same values in float16; None where it cannot hold one of them."""
+    """The words of the values in float16; None if it cannot represent one of them."""
     values = words.view(_HALVED[dtype])
     with np.errstate(all="ignore"):
         halves = values.astype(np.float16)
-    held = np.isfinite(halves) & ((halves == 0) == (values == 0))
-    return halves.view(np.uint16) if held.all() else None
+    representable = np.isfinite(halves) & ((halves == 0) == (values == 0))
+    return halves.view(np.uint16) if representable.all() else None

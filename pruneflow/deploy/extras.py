@@ -1,4 +1,4 @@
-"""Packages that only parts of deploy/ need: imported when they are, named when they are missing."""
+"""Optional dependencies, imported when they are needed."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def require(name: str) -> ModuleType:
     """Import a package of the extra `[deploy]`.
 
     Args:
-        name: As it is imported, such as `onnxruntime`.
+        name: Name of the module, such as `onnxruntime`.
 
     Raises:
-        ImportError: If it is missing, or there and broken, with the command that installs it.
+        ImportError: If it is missing or broken; the message has the command to install it.
 
     Example:
         >>> require("not_there")  # doctest: +NORMALIZE_WHITESPACE
         Traceback (most recent call last):
         ...
-        ImportError: `not_there` is expected to be installed for this, but importing it gave: No
-        module named 'not_there'; run pip install 'pruneflow[deploy]'
+        ImportError: `not_there` must be installed for this, got ModuleNotFoundError: No module
+        named 'not_there'; run pip install 'pruneflow[deploy]'
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"`{name}` is expected to be installed for {_USES.get(name, 'this')}, but importing it "
-            f"gave: {error}; run {INSTALL}",
+            f"`{name}` must be installed for {_USES.get(name, 'this')}, got "
+            f"{type(error).__name__}: {error}; run {INSTALL}",
             name=name,
         ) from error

@@ -1,8 +1,8 @@
-"""The deliverable table: what each form of a pruned model is worth, measured side by side.
+"""Compare the forms in which a pruned model can be deployed: size, memory, latency, accuracy.
 
-Every form is first compared with the model it stands for, and has no figures where it computes
-something else. Latencies are measured in one process in which the forms take turns, so that
-whatever else the machine does touches them alike; peak memory is measured in a process for each.
+Each form must first give the outputs of the model it was built from; otherwise it is not measured.
+Latencies are measured in one process in which the forms take turns, so that other load affects all
+of them alike; peak memory is measured in one process for each form.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from torch import Tensor, nn
 
 from pruneflow.deploy.building import Builder, Built, Run, in_pytorch
 from pruneflow.deploy.peak import peak_bytes
+from pruneflow.errors import expect
 
 _MOST_TURNS, _FEWEST_TURNS = 7, 3
 _SECONDS = 20.0  # for all forms at one batch size, unless the fewest turns take longer
-# Seconds of a turn: without work, with what is not timed, and timed; shorter runs are repeated.
-# ONNX Runtime's threads go on spinning for 30 ms, and whoever comes next would be the slower.
+# Seconds of a turn: pause, warm-up and timed runs, repeated to fill that time. Threads of ONNX
+# Runtime keep spinning for 30 ms, which would slow down the next form.
 _REST, _WARM_UP, _BURST = 0.04, 0.015, 0.015
-# Times that spread by more are noisy: measured anew, up to so many times in all, and else marked.
+# Times with a larger spread are noisy: measured again, up to so many times, and otherwise marked.
 _NOISY, _MOST_TRIES = 0.1, 2
-# What counts as a gain: bytes, peaks and times differ by a little anyhow.
+# What counts as a gain: bytes, peaks and times always vary a little.
 _SMALLER, _LIGHTER, _FASTER = 0.99, 0.95, 1.05
 _MISSING = "–"
 
 
 class Form(TypedDict):
-    """One form of the model, in plain builtins; what was not measured is None or has no entry."""
+    """One form of the model, in plain builtins; None or missing where not measured."""
 
     name: str
-    file: str | None  # its name in the folder; None where it was only weighed
-    bytes: int | None  # of its file
-    peak_bytes: int | None  # of memory, while it runs the largest batch
+    file: str | None  # its name in the folder; None if it is only measured
+    bytes: int | None  # size of its file
+    peak_bytes: int | None  # peak memory with the largest batch
     seconds: dict[str, float]  # batch size -> median time of a run
-    spread: dict[str, float]  # batch size -> half the interquartile range of that / its median
-    speedup: dict[str, float]  # batch size -> median over the turns of dense in PyTorch / this
-    throughput: float | None  # samples a second, at the best batch size
-    accuracy: float | None  # what `evaluate` says of this very form
-    note: str  # why there are no figures, or what was said while it was built
+    spread: dict[str, float]  # batch size -> half the interquartile range / median
+    speedup: dict[str, float]  # batch size -> median over turns of dense in PyTorch / this form
+    throughput: float | None  # samples per second, at the best batch size
+    accuracy: float | None  # result of `evaluate`
+    note: str  # why it was not measured, or warnings from building it
 
 
 def measure_forms(
@@ -61,42 +62,41 @@ def measure_forms(
     batches: Sequence[int] = (1, 16, 128),
     threads: int | None = None,
 ) -> list[Form]:
-    """Build each form of a pruned model; measure its size, memory, time and accuracy on the CPU.
+    """Build each form of a pruned model and measure size, memory, time and accuracy on the CPU.
 
-    The forms are: dense, in PyTorch and in ONNX Runtime; the pruned model with plain zeros; packed
-    and loaded again; shrunk, in PyTorch and in ONNX Runtime; and compiled by the sparse runtime,
-    from the packed file, shrunk where it takes that. PyTorch runs images in `channels_last` where
-    that is faster for the dense model at the largest batch. A form that cannot be built, or
-    computes something else, has a note that says so and no figures.
+    The forms are: dense, in PyTorch and in ONNX Runtime; the pruned model with zeros; packed and
+    loaded again; shrunk, in PyTorch and in ONNX Runtime; and compiled by the sparse runtime from
+    the packed file, shrunk if that is supported. PyTorch uses `channels_last` for images if that is
+    faster for the dense model at the largest batch. A form that cannot be built, or gives other
+    outputs, is not measured and has a note with the reason.
 
     Args:
         dense: The model before pruning.
-        pruned: The model with exact zeros. Both are left as they are.
-        example_input: A batch of one, of real data: outputs are compared on it.
-        folder: Gets `model.packed`, `shrunk.pt2` (for `torch.export.load`) and `shrunk.onnx`; the
-            shrunk ones of an earlier run are deleted first.
-        evaluate: Gives the accuracy of a function from a batch on the CPU to outputs.
+        pruned: The model with exact zeros. Neither model is modified.
+        example_input: A batch of one with real data; outputs are compared on it.
+        folder: Folder for `model.packed`, `shrunk.pt2` (for `torch.export.load`) and `shrunk.onnx`;
+            shrunk forms of an earlier run are deleted first.
+        evaluate: Returns the accuracy of a function that maps a batch on the CPU to outputs.
         batches: Batch sizes to time; peak memory is measured at the largest.
-        threads: Number of threads of every form; None takes PyTorch's.
+        threads: Number of threads for every form; None for PyTorch's current number.
 
     Returns:
-        The forms, dense in PyTorch first.
+        The forms, starting with dense in PyTorch.
 
     Raises:
-        ValueError: If `example_input` is no batch of one, or a batch size or `threads` is below 1.
+        ValueError: If `example_input` is not a batch of one, or a batch size or `threads` is below
+            1.
 
     Example:
         `print(markdown(measure_forms(dense, pruned, image, "outputs/forms")))`
     """
-    if example_input.dim() == 0 or len(example_input) != 1:
-        raise ValueError(
-            "`example_input` is expected to be a batch of one, but a tensor of shape "
-            f"{tuple(example_input.shape)} came; give example_input[:1]"
-        )
-    if not batches or min(batches) < 1:
-        raise ValueError(f"`batches` is expected to hold sizes from 1 on, but {batches!r} came")
-    if threads is not None and threads < 1:
-        raise ValueError(f"`threads` is expected to be 1 or more, but {threads} came")
+    got = f"a tensor of shape {tuple(example_input.shape)}"
+    single = example_input.shape[:1] == (1,)
+    expect(single, "example_input", "be a batch of one", got, "pass example_input[:1]")
+    valid = batches and min(batches) >= 1
+    expect(valid, "batches", "hold at least one size, all at least 1", batches, "try (1, 16, 128)")
+    valid = threads is None or threads >= 1
+    expect(valid, "threads", "be at least 1", threads, "pass None for PyTorch's number of threads")
     dense, pruned = (copy.deepcopy(model).cpu().eval() for model in (dense, pruned))
     example = example_input.detach().cpu()
     inputs = {size: example.repeat(size, *[1] * (example.dim() - 1)) for size in sorted(batches)}
@@ -128,16 +128,15 @@ def measure_forms(
 
 
 def table(forms: Sequence[Form]) -> list[tuple[str, ...]]:
-    """Put forms into a table of text.
+    """Format forms as a table of text.
 
-    Of the times of a run stands the median, and after ± half of their interquartile range; where it
-    is more than a tenth, the time and all ratios that it enters into have a ≈ before them. In
-    brackets stands dense in PyTorch divided by this form: more than 1 is better. A form that is
-    not smaller than dense, in its file or in memory, or not 1.05 times as fast as the fastest dense
-    form at a batch size, is told to be no gain there.
+    Times are medians ± half the interquartile range; if that is more than a tenth, the time and all
+    ratios with it are marked by ≈. In brackets is dense in PyTorch divided by this form: more than
+    1 is better. A note says where a form is no gain: its file or memory is not smaller than that of
+    dense, or it is not 1.05 times as fast as the fastest dense form at some batch size.
 
     Args:
-        forms: As `measure_forms` gives them.
+        forms: The result of `measure_forms`.
 
     Returns:
         The header, and a row for each form.
@@ -167,7 +166,7 @@ def table(forms: Sequence[Form]) -> list[tuple[str, ...]]:
 
 
 def _time(form: Form, dense: Form, batch: str) -> str:
-    """Format a time with its spread and its ratio to that of dense.
+    """Format a time with its spread and the speed-up over dense.
 
     Example:
         >>> dense = {**_form("dense", ""), "seconds": {"1": 0.003}, "spread": {"1": 0.02}}
@@ -190,10 +189,10 @@ def _samples(form: Form) -> str:
 
 
 def markdown(forms: Sequence[Form]) -> str:
-    r"""Put forms into a Markdown table, as `table` has it.
+    r"""Format forms as a Markdown table; see `table`.
 
     Args:
-        forms: As `measure_forms` gives them.
+        forms: The result of `measure_forms`.
 
     Example:
         >>> dense = {**_form("dense", ""), "bytes": 4_000_000, "accuracy": 0.8}
@@ -237,7 +236,7 @@ def _faster_layout(network: nn.Module, batch: Tensor) -> torch.memory_format:
     )
     try:
         times = _take_turns({"rows": rows, "pixels": pixels}, batch, most=_FEWEST_TURNS)
-    except RuntimeError:  # a model that views its images as rows
+    except RuntimeError:  # such as a `view` that needs contiguous images
         return torch.contiguous_format
     faster = statistics.median(times["pixels"]) < statistics.median(times["rows"])
     return torch.channels_last if faster else torch.contiguous_format
@@ -248,14 +247,14 @@ def _take_turns(
     runs: Mapping[str, Run], batch: Tensor, most: int = _MOST_TURNS
 ) -> dict[str, list[float]]:
     for run in runs.values():
-        _seconds(run, batch, 0)  # what the first run allocates and compiles is not timed
+        _seconds(run, batch, 0)  # the first run allocates and compiles
     times: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
     for turn in range(most):
         if turn >= _FEWEST_TURNS and time.perf_counter() - began > _SECONDS:
             break
         for name, run in runs.items():
-            # Caches are the last form's, and its threads wait for work, spinning for a while.
+            # The caches hold data of the previous form, and its threads may still be spinning.
             time.sleep(_REST)
             _seconds(run, batch, _WARM_UP)
             times[name].append(_seconds(run, batch, _BURST))
@@ -263,7 +262,7 @@ def _take_turns(
 
 
 def _calmest_turns(runs: Mapping[str, Run], batch: Tensor) -> dict[str, list[float]]:
-    """Take turns, and again while what else the machine does makes them noisy and time is left."""
+    """Take turns, repeatedly while they are noisy and there is time left."""
     began, tries = time.perf_counter(), list[tuple[float, dict[str, list[float]]]]()
     while True:
         times = _take_turns(runs, batch)
@@ -286,7 +285,7 @@ def _spread(samples: Sequence[float]) -> float:
 
 
 def _seconds(run: Run, batch: Tensor, least: float) -> float:
-    """The mean time of as many runs as take `least` seconds, and of one at least."""
+    """The mean time of as many runs as fill `least` seconds, at least one."""
     count, began = 0, time.perf_counter()
     while True:
         run(batch)
@@ -298,13 +297,13 @@ def _seconds(run: Run, batch: Tensor, least: float) -> float:
 
 def _add_times(form: Form, times: Mapping[int, Mapping[str, Sequence[float]]]) -> None:
     for size, samples in times.items():
-        own = samples[form["name"]]
-        form["seconds"][str(size)] = statistics.median(own)
-        form["spread"][str(size)] = _spread(own)
+        seconds = samples[form["name"]]
+        form["seconds"][str(size)] = statistics.median(seconds)
+        form["spread"][str(size)] = _spread(seconds)
         form["speedup"][str(size)] = statistics.median(
-            one / other for one, other in zip(samples["dense"], own, strict=True)
+            one / other for one, other in zip(samples["dense"], seconds, strict=True)
         )
-    form["throughput"] = max(int(size) / seconds for size, seconds in form["seconds"].items())
+    form["throughput"] = max(int(size) / median for size, median in form["seconds"].items())
 
 
 def _add_peaks(
@@ -314,25 +313,25 @@ def _add_peaks(
         return
     models: dict[str, tuple[Path, Path]] = {}
     peaks: dict[str, int | str] = {}
-    for name, own in built.items():
-        model, inputs = own.file, scratch / f"{own.layout}.pt"
+    for name, form_built in built.items():
+        model, inputs = form_built.file, scratch / f"{form_built.layout}.pt"
         try:
-            if own.network is not None:
+            if form_built.network is not None:
                 model = scratch / f"{name}.pt"
-                torch.save(own.network, model)
+                torch.save(form_built.network, model)
         except (RuntimeError, AttributeError, TypeError, pickle.PicklingError) as error:
             peaks[name] = str(error)
         else:
             if not inputs.exists():
-                torch.save(batch.contiguous(memory_format=own.layout), inputs)
+                torch.save(batch.contiguous(memory_format=form_built.layout), inputs)
             models[name] = model, inputs
     measured = peak_bytes(list(models.values()), torch.get_num_threads())
     peaks.update(zip(models, measured, strict=True))
     for form in forms:
         peak = peaks.get(form["name"])
         if isinstance(peak, str):
-            said = f"Peak memory was not measured: {peak.rstrip('.')}."
-            form["note"] = f"{form['note']} {said}".strip()
+            reason = f"Peak memory was not measured: {peak.rstrip('.')}."
+            form["note"] = f"{form['note']} {reason}".strip()
         else:
             form["peak_bytes"] = peak
 
@@ -341,7 +340,7 @@ def _add_peaks(
 
 
 def _no_gain(form: Form, forms: Sequence[Form]) -> str:
-    """Say in what a form is no smaller than dense, or no faster than the fastest dense form.
+    """Name where a form is not smaller than dense, or not faster than the fastest dense form.
 
     Example:
         >>> def form(name, size, seconds):

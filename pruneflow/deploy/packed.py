@@ -1,36 +1,36 @@
-"""The packed file: where the survivors lie and what they are, all else of a `state_dict` as it is.
+"""The packed file format: a `state_dict` without its zeros.
 
-Entries whose bits are all zero are pruned; everything else, -0.0 and NaN included, comes back bit
-for bit. A packed file is a safetensors file, so whatever reads those opens it. It holds
+Entries whose bits are all zero are left out; everything else, including -0.0 and NaN, is restored
+bit for bit. A packed file is a safetensors file with
 
 - metadata with one key, `pruneflow.packed`: JSON with `version` (1), `index_bytes` before
-  compression, `index_crc32` and, if there is any, `metadata` of the caller;
-- `index`, uint8: one zstd frame of JSON, a list with one object for each tensor, in their order;
-- `data`, uint8: the streams of all tensors, one after the other;
-- `modules`, uint8, if the `state_dict` has `_metadata`, of which version its modules are: one zstd
-  frame of JSON. The metadata of the file then has `modules_bytes` and `modules_crc32` too.
+  compression, `index_crc32` and, if given, `metadata` of the caller;
+- `index`, uint8: a zstd frame of JSON, a list with one object per tensor, in order;
+- `data`, uint8: the concatenated streams of all tensors;
+- `modules`, uint8, if the `state_dict` has `_metadata`, the versions of its modules: a zstd frame
+  of JSON. The metadata of the file then also has `modules_bytes` and `modules_crc32`.
 
-What the index says of a tensor:
+An entry of the index has
 
 | key | value |
 |---|---|
 | `name`, `dtype`, `shape` | as in the `state_dict` |
-| `kept` | how many of its words are not zero |
-| `positions` | how it is written which: `all`, `gaps` or `mask` |
-| `values` | the dtype the kept ones are written in: that of the tensor, or `float16` |
-| `start` | where in `data` its streams begin |
-| `streams` | `[bytes, stored bytes]` of each; a zstd frame where fewer are stored |
-| `crc32` | of its stored bytes |
-| `same_as` | null, or the name of the earlier tensor it is tied to, whose streams these are |
+| `kept` | number of words that are not zero |
+| `positions` | encoding of their positions: `all`, `gaps` or `mask` |
+| `values` | dtype of the stored values: that of the tensor, or `float16` |
+| `start` | offset of its streams in `data` |
+| `streams` | `[bytes, stored bytes]` of each stream; a zstd frame if fewer bytes are stored |
+| `crc32` | checksum of its stored bytes |
+| `same_as` | null, or the earlier tensor it is tied to, with which it shares its streams |
 
-A tensor is a row of unsigned words of its item size (of 8 bytes where that is larger), in row-major
-order. Its streams are
+A tensor is a row-major sequence of unsigned words of its item size, or of 8 bytes if that is
+larger. Its streams are
 
-1. the positions, unless `all` are kept. `gaps`: a byte below 255 stands for that many zeros and
-   then a survivor, 255 for 255 zeros. `mask`: word i is kept where bit i % 8 of byte i // 8 is set.
-   Whichever takes fewer bytes is written.
-2. the values, turned left by one bit, which puts the sign last: then one stream for each of their
-   bytes, the lowest first. So exponents lie alone, and they are what compresses.
+1. the positions, unless `all` words are kept. `gaps`: a byte below 255 is that many zeros followed
+   by a kept word, 255 is 255 zeros. `mask`: word i is kept if bit i % 8 of byte i // 8 is set. The
+   shorter of the two is used.
+2. the values, rotated left by one bit to move the sign last: one stream for each of their bytes,
+   the lowest first. This separates the exponents, which compress well.
 """
 
 from __future__ import annotations
@@ -53,28 +53,30 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from pruneflow.deploy.coding import DTYPES, Entry, decode, decompress, encode, expect
+from pruneflow.deploy.coding import DTYPES, Entry, check, decode, decompress, encode
+from pruneflow.errors import expect
 from pruneflow.files import write_whole
 from pruneflow.state_dicts import described, with_description
 
 FORMAT, VERSION = "pruneflow.packed", 1
 
-_MOST_INDEX_BYTES = 100_000_000  # as many as safetensors allows its own header
-_MOST_TIMES_LONGER = 1000  # than its frame; entries differ in their checksums
-_MOST_ZEROS, _MOST_TIMES_LARGER = 2**30, 2**15  # bytes that tensors take, however few they are here
+_MOST_INDEX_BYTES = 100_000_000  # the limit of safetensors for its header
+_MOST_TIMES_LONGER = 1000  # than its frame: entries have different checksums
+# Tensors take at most this many bytes plus this many times the size of the file.
+_MOST_ZEROS, _MOST_TIMES_LARGER = 2**30, 2**15
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """What a packed file holds of one tensor.
+    """One tensor of a packed file.
 
     Args:
         name: Its key in the `state_dict`.
         shape: Its shape.
-        dtype: Its dtype, which `load_packed` gives back.
-        nonzeros: Entries that are kept.
-        bytes: What it takes in the file; 0 where it is tied to an earlier tensor.
-        values: The dtype of the values in the file.
+        dtype: Its dtype once loaded.
+        nonzeros: Number of entries kept.
+        bytes: Its size in the file; 0 if it is tied to an earlier tensor.
+        values: The dtype of its values in the file.
         same_as: The earlier tensor that it is tied to, if any.
     """
 
@@ -88,7 +90,7 @@ class PackedTensor:
 
     @property
     def entries(self) -> int:
-        """All of them; of complex128, whose halves are kept or not alone, real and imaginary."""
+        """Number of entries; real and imaginary parts count separately for complex128."""
         return math.prod(self.shape) * max(1, self.dtype.itemsize // 8)
 
 
@@ -99,25 +101,25 @@ def save_packed(
     values: Literal["same", "float16"] = "same",
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a `state_dict` with its pruned weights left out, whole or not at all.
+    """Write a `state_dict` without its pruned weights, atomically.
 
-    A zero with a sign is kept, or it could not be given back. What `torch.nn.utils.prune` leaves
-    behind is full of them; `pruneflow.fold` makes them plain zeros.
+    -0.0 is stored like a nonzero value, since everything is restored bit for bit. Weights pruned by
+    `torch.nn.utils.prune` are full of -0.0; `pruneflow.fold` turns them into plain zeros.
 
     Args:
         state_dict: Name -> tensor, on any device; tied tensors are written once.
         path: The file.
-        values: `"same"` keeps every bit. `"float16"` rounds the survivors of pruned float32 and
-            float64 tensors of two or more dimensions, which come back in their own dtype. All
-            other tensors, and those with a survivor that would become infinite, NaN or zero, keep
-            every bit; `inspect_packed` tells which.
-        metadata: Texts to keep in the file, in its own metadata, below `metadata`.
+        values: `"same"` is lossless. `"float16"` rounds the remaining values of pruned float32 and
+            float64 tensors of two or more dimensions; they are loaded in their original dtype. All
+            other tensors, and those with a value that would become infinite, NaN or zero, are
+            lossless; `inspect_packed` shows which.
+        metadata: Metadata to store in the file, under its key `metadata`.
 
     Returns:
-        The bytes written.
+        The size of the file in bytes.
 
     Raises:
-        ValueError: If `values` is neither, or what came is no `state_dict` of plain tensors.
+        ValueError: If `values` is neither of these, or `state_dict` does not hold plain tensors.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -128,22 +130,20 @@ def save_packed(
         >>> torch.equal(load_packed(path)["weight"], weight)
         True
     """
-    if values not in ("same", "float16"):
-        raise ValueError(
-            f"`values` is expected to be 'same' or 'float16', but {values!r} came; take one of them"
-        )
+    remedy = "'same' is lossless"
+    expect(values in ("same", "float16"), "values", "be 'same' or 'float16'", repr(values), remedy)
     tensors = {name: _plain(name, tensor) for name, tensor in state_dict.items()}
     entries: list[Entry] = []
     blobs: list[bytes] = []
     start = 0
     first: dict[object, Entry] = {}
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in first:
-            entries.append(replace(first[place], name=name, same_as=first[place].name))
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in first:
+            entries.append(replace(first[memory], name=name, same_as=first[memory].name))
             continue
         entry, blob = encode(name, tensor, start, halve=values == "float16")
-        first[place] = entry
+        first[memory] = entry
         entries.append(entry)
         blobs.append(blob)
         start += len(blob)
@@ -169,16 +169,17 @@ def load_packed(path: str | Path, names: Collection[str] | None = None) -> Order
 
     Args:
         path: The file.
-        names: Of the tensors to read: their bytes alone are read and checked. None reads all.
+        names: Names of the tensors to read and check; None for all.
 
     Returns:
-        Name -> tensor on the CPU, contiguous, in the order of the `state_dict` that was saved;
-        tied tensors are one object. It has the versions of the modules that this one had.
+        Name -> contiguous tensor on the CPU, in the order of the saved `state_dict` and with its
+        `_metadata`; tied tensors are the same object.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is truncated, damaged, another kind of file or of another version, or has
-            no tensor of such a name.
+        TypeError: If `names` is a string.
+        ValueError: If it is truncated, damaged, another kind of file or of another version, or does
+            not have one of the names.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -187,23 +188,21 @@ def load_packed(path: str | Path, names: Collection[str] | None = None) -> Order
         >>> list(load_packed(path)), list(load_packed(path, names=["bias"]))
         (['weight', 'bias'], ['bias'])
     """
-    if isinstance(names, str):
-        raise TypeError(
-            f"`names` is expected to be a list of names, but {names!r} came; put it in brackets"
-        )
+    listed, remedy = not isinstance(names, str), "put it in brackets"
+    expect(listed, "names", "be a list of names", repr(names), remedy, error=TypeError)
     with _opened(path) as file:
-        about = _about(file, path)
+        about = _header(file, path)
         entries = _index(file, about, path)
         for name in names or ():
             if name not in entries:
                 near = difflib.get_close_matches(name, entries, n=3, cutoff=0.4)
                 raise ValueError(
-                    f"`names` is expected to name tensors of {str(path)!r}, but it has no "
-                    f"{name!r}; near names: {', '.join(near or list(entries)[:3])}"
+                    f"`names` must be tensors in {str(path)!r}, got {name!r}; near names: "
+                    f"{', '.join(near or list(entries)[:3])}"
                 )
         tensors: dict[str, Tensor] = {}
         first: dict[str, Tensor] = {}
-        with _damage_named(path):
+        with _checking(path):
             data = file.get_slice("data")
             for name, entry in entries.items():
                 if names is None or name in names:
@@ -213,13 +212,13 @@ def load_packed(path: str | Path, names: Collection[str] | None = None) -> Order
                         stored = data[entry.start : end].tobytes() if entry.stored else b""
                         first[source] = decode(entry, stored)
                     tensors[name] = first[source]
-            expect(("modules" in file.keys()) == ("modules_crc32" in about), "a part is missing")  # noqa: SIM118
+            check(("modules" in file.keys()) == ("modules_crc32" in about), "a part is missing")  # noqa: SIM118
             modules = _part(file, about, "modules") if "modules_crc32" in about else None
             return with_description(tensors, modules)
 
 
 def inspect_packed(path: str | Path) -> list[PackedTensor]:
-    """List what a packed file holds; only its index is read and checked.
+    """List the tensors of a packed file; only its index is read and checked.
 
     Args:
         path: The file.
@@ -247,110 +246,106 @@ def inspect_packed(path: str | Path) -> list[PackedTensor]:
                 DTYPES[entry.values],
                 entry.same_as,
             )
-            for entry in _index(file, _about(file, path), path).values()
+            for entry in _index(file, _header(file, path), path).values()
         ]
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
-    # Subclasses hold their data in ways of their own: sharded, quantized, fake.
-    if (
-        not isinstance(name, str)
-        or type(tensor) not in (Tensor, nn.Parameter)
-        or tensor.layout is not torch.strided
-        or tensor.is_meta
-        or tensor.is_quantized
-    ):
-        what = type(tensor).__name__
-        if isinstance(tensor, Tensor):
-            what += f" of {tensor.dtype} and {tensor.layout} on {tensor.device}"
-        raise ValueError(
-            "`state_dict` is expected to hold plain dense tensors by name, but "
-            f"{name!r} is a {what}; of a checkpoint give checkpoint['state_dict'], leave out what "
-            "is no tensor, and give others as `to_dense()`, `dequantize()` or `full_tensor()` do"
-        )
+    kind = type(tensor).__name__
+    if isinstance(tensor, Tensor):
+        kind += f" of {tensor.dtype} and {tensor.layout} on {tensor.device}"
+    expect(
+        isinstance(name, str)
+        and type(tensor) in (Tensor, nn.Parameter)  # subclasses may be sharded, quantized or fake
+        and tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized,
+        "state_dict",
+        "map names to plain dense tensors",
+        f"{name!r}: a {kind}",
+        "pass checkpoint['state_dict'] instead of a checkpoint, leave out values that are not "
+        "tensors, and convert others with `to_dense()`, `dequantize()` or `full_tensor()`",
+    )
     return tensor.detach()
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"`path`={str(path)!r} is expected to be a file; check the path")
-    with _damage_named(path):
+    is_file, remedy = Path(path).is_file(), "check the path"
+    expect(is_file, "path", "be a file", repr(str(path)), remedy, error=FileNotFoundError)
+    with _checking(path):
         file = safe_open(path, framework="numpy")
     with file:
         yield file
 
 
 @contextmanager
-def _damage_named(path: str | Path) -> Iterator[None]:
+def _checking(path: str | Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # there are as many kinds as there are ways to be damaged
+    except Exception as error:  # damaged files can raise anything
         raise ValueError(
-            f"`path`={str(path)!r} is expected to be a packed file, but it is truncated, damaged "
-            f"or another kind of file ({error}); copy it again, or pack the model again"
+            f"`path` must be a packed file, got {str(path)!r}, which is truncated, damaged or "
+            f"another kind of file ({error}); copy it again, or pack the model again"
         ) from error
 
 
-def _about(file: Any, path: str | Path) -> dict[str, Any]:
+def _header(file: Any, path: str | Path) -> dict[str, Any]:
     text = (file.metadata() or {}).get(FORMAT)
     if text is None:
         raise ValueError(
-            f"`path`={str(path)!r} is expected to be a packed file, but it is a safetensors file "
-            "of another kind; read it with safetensors.torch.load_file, or pack it first"
+            f"`path` must be a packed file, got {str(path)!r}, a plain safetensors file; read it "
+            "with safetensors.torch.load_file, or pack it first"
         )
-    with _damage_named(path):
+    with _checking(path):
         about: dict[str, Any] = json.loads(text)
         version = about["version"]
-    if version != VERSION:
-        raise ValueError(
-            f"`path`={str(path)!r} is expected to have version {VERSION} of the layout, but it has "
-            f"{version!r}; update pruneflow"
-        )
+    got = f"version {version!r} in {str(path)!r}"
+    expect(version == VERSION, "path", f"have format version {VERSION}", got, "update pruneflow")
     return about
 
 
 def _index(file: Any, about: dict[str, Any], path: str | Path) -> dict[str, Entry]:
-    with _damage_named(path):
+    with _checking(path):
         listed = json.loads(_part(file, about, "index"))
         objects = isinstance(listed, list) and all(isinstance(entry, dict) for entry in listed)
-        expect(objects, "its index is no list of tensors")
+        check(objects, "its index is not a list of tensors")
         kind, shape = file.get_slice("data").get_dtype(), file.get_slice("data").get_shape()
-        expect(kind == "U8" and len(shape) == 1, "'data' is another kind of tensor")
+        check(kind == "U8" and len(shape) == 1, "'data' is another kind of tensor")
         return _checked([Entry(**entry) for entry in listed], shape[0])
 
 
 def _part(file: Any, about: dict[str, Any], name: str) -> str:
-    """A text of the file."""
-    expect(file.get_slice(name).get_dtype() == "U8", f"{name!r} is another kind of tensor")
+    """Read `index` or `modules`."""
+    check(file.get_slice(name).get_dtype() == "U8", f"{name!r} is another kind of tensor")
     frame, size = file.get_tensor(name).tobytes(), about[f"{name}_bytes"]
-    expect(zlib.crc32(frame) == about[f"{name}_crc32"], f"the checksum of its {name} differs")
+    check(zlib.crc32(frame) == about[f"{name}_crc32"], f"the checksum of its {name} does not match")
     fits = size <= min(_MOST_INDEX_BYTES, len(frame) * _MOST_TIMES_LONGER)
-    expect(fits, f"its {name} is too long")
+    check(fits, f"its {name} is too long")
     return decompress(frame, size).decode()
 
 
 def _checked(listed: list[Entry], size: int) -> dict[str, Entry]:
-    """The entries by name, if they take `size` bytes one after the other, and each byte once.
+    """Check entries and return them by name: their streams are consecutive, in `size` bytes.
 
-    So what is read takes no more memory than those bytes can hold. Tensors that are all zeros are
-    no bytes, and there is a bound of its own on what they promise.
+    This bounds the memory for reading a file. Zeros take no bytes, so there is another limit on the
+    total size of the tensors.
     """
     entries: dict[str, Entry] = {}
-    end = promised = 0
+    end = total = 0
     for entry in listed:
         entry.check()
-        expect(entry.name not in entries, f"it has two tensors of the name {entry.name!r}")
+        check(entry.name not in entries, f"it has two tensors named {entry.name!r}")
         if entry.same_as is None:
-            expect(entry.start == end, f"{entry.name!r} does not begin where the one before ends")
+            check(entry.start == end, f"{entry.name!r} does not start where the previous one ends")
             end += entry.stored
-            promised += entry.bytes
+            total += entry.bytes
         else:
             earlier = entries.get(entry.same_as) if isinstance(entry.same_as, str) else None
             same = replace(entry, name=entry.same_as, same_as=None) == earlier
-            expect(same, f"{entry.name!r} is tied to {entry.same_as!r}, which is no such tensor")
+            check(same, f"{entry.name!r} is tied to {entry.same_as!r}, which does not match")
         entries[entry.name] = entry
-    expect(end <= size, "it ends before its tensors do")
+    check(end <= size, "it ends before its tensors do")
     most = _MOST_ZEROS + size * _MOST_TIMES_LARGER
-    expect(promised <= most, f"its tensors would take {promised} bytes")
+    check(total <= most, f"its tensors would take {total} bytes")
     return entries

@@ -1,16 +1,16 @@
-"""Peak memory of running models, each measured in a process of its own.
+"""Peak memory of models, each measured in its own process.
 
     python -P pruneflow/deploy/peak.py THREADS MODEL BATCH [MODEL BATCH]...
 
-imports once what the models need and forks for each of them. The child loads its model, runs it
-twice on its batch, and tells the peak of its memory while it ran, in bytes, less what it had before
-the model was loaded: with the batch there, and the threads and kernels of PyTorch warmed up by a
-small convolution. So weights, activations, outputs and the runtime's own buffers count; the pages
-of libraries and other files do not, nor does what loading took and gave back; figures repeat within
-2 MB or so. Linux alone tells.
+imports what the models need, once, and forks for each of them. The child loads its model, runs it
+twice on its batch, and reports its peak memory while running, in bytes, minus the memory in use
+before loading the model, with the batch in memory and PyTorch warmed up by a small convolution.
+This counts weights, activations, outputs and buffers of the runtime, but neither pages of libraries
+and other files nor memory used temporarily for loading. Results repeat within about 2 MB. Linux
+only.
 
-It is run as a script so that it imports no more than the models need, and with -P, since beside it
-lies another `onnx`.
+It is run as a script to import no more than the models need, and with -P because there is another
+`onnx` in the same folder.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from pruneflow.deploy.onnx import OnnxModel
 
 
 def peak_bytes(models: Sequence[tuple[Path, Path]], threads: int) -> list[int | str]:
-    """Measure the peak memory of running each of some models in a process of its own.
+    """Measure the peak memory of running models, each in its own process.
 
     Args:
-        models: Of each, two files: a module that `torch.save` wrote, which is unpickled, or a
-            program that `torch.export.save` wrote (.pt2), or an ONNX file (.onnx); and a batch that
-            `torch.save` wrote.
-        threads: Number of threads to run with.
+        models: Two files for each: a module saved by `torch.save`, which is unpickled, a program
+            saved by `torch.export.save` (.pt2), or an ONNX file (.onnx); and a batch saved by
+            `torch.save`.
+        threads: Number of threads.
 
     Returns:
-        The peak of each in bytes, as the text above has it, or what kept it from being measured,
-        such as a class that cannot be imported, or no /proc to read.
+        The peak of each in bytes, as defined above, or why it could not be measured, such as a
+        class that cannot be imported, or no /proc.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -59,29 +59,28 @@ def peak_bytes(models: Sequence[tuple[Path, Path]], threads: int) -> list[int | 
     command = [sys.executable, "-P", __file__, str(threads), *map(str, chain(*models))]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what this process imports
-        # Tensors go back to the system when they are freed: the C library would keep some of them,
-        # and not always the same.
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the path of this process
+        # Return freed tensors to the system: otherwise the C library keeps a varying part of them.
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return [said[-1]] * len(models)
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return [lines[-1]] * len(models)
     peaks: list[int | str] = json.loads(done.stdout.splitlines()[-1])
     return peaks
 
 
 def _measure_all(models: Sequence[tuple[Path, Path]], threads: int) -> list[int | str]:
-    torch.set_num_threads(1)  # a pool of threads would be lost in the fork, and waited for
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
     for file, _ in models:
-        with suppress(Exception):  # the child will tell
+        with suppress(Exception):  # the child reports it
             _import_for(file)
     return [_fork(file, batch, threads) for file, batch in models]
 
 
 def _import_for(file: Path) -> None:
-    """Import what loading a model needs, but ONNX Runtime, which starts a thread."""
+    """Import what loading a model needs, except ONNX Runtime, which starts a thread."""
     if file.suffix == ".pt2":
         torch.export.load(file)
     elif file.suffix != ".onnx":
@@ -94,16 +93,16 @@ def _fork(file: Path, batch: Path, threads: int) -> int | str:
     if not child:
         try:
             found: int | str = _measure(file, batch, threads)
-        except BaseException as error:  # none may go on as if this were the parent
+        except BaseException as error:  # the child must not continue as the parent
             found = f"{type(error).__name__}: {error}"
         os.write(writing, json.dumps(found).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said = pipe.read()
+        result = pipe.read()
     _, status = os.waitpid(child, 0)
     ended = f"its process ended with exit code {os.waitstatus_to_exitcode(status)}"
-    peak: int | str = json.loads(said) if said else ended
+    peak: int | str = json.loads(result) if result else ended
     return peak
 
 
@@ -119,7 +118,7 @@ def _measure(file: Path, batch_file: Path, threads: int) -> int:
         before = _resident("VmRSS") - _resident("RssFile")
         run = _load(file, threads)
         _give_back()
-        # Where the peak cannot be reset, what loading took counts as well.
+        # If the peak cannot be reset, memory used for loading counts as well.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         for _ in range(2):
@@ -137,9 +136,9 @@ def _load(file: Path, threads: int) -> Callable[[Tensor], Tensor]:
 
 
 def _give_back() -> None:
-    """Return what is free to the system: it is no part of a model, and would be used uncounted."""
+    """Return free memory to the system: it would be reused without being counted."""
     gc.collect()
-    with suppress(AttributeError):  # a C library that has no such function
+    with suppress(AttributeError):  # not in every C library
         ctypes.CDLL(None).malloc_trim(0)
 
 

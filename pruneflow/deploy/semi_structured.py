@@ -1,4 +1,4 @@
-"""2:4 sparsity on NVIDIA GPUs: two of every four weights zero, run by sparse tensor cores."""
+"""2:4 sparsity on NVIDIA GPUs: two of every four weights are zero, for sparse tensor cores."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
+from pruneflow.errors import expect
+
 _log = logging.getLogger(__name__)
 
-# Both backends of PyTorch, CUTLASS and cuSPARSELt, take multiples of these.
+# PyTorch's backends, CUTLASS and cuSPARSELt, need multiples of these.
 _ROWS, _COLUMNS = 32, 64
 _TYPES = (torch.float16, torch.bfloat16)
 
 
 def to_semi_structured(model: nn.Module) -> nn.Module:
-    """Give the eligible `nn.Linear` layers weights in PyTorch's compressed 2:4 form.
+    """Convert the weights of eligible `nn.Linear` layers to PyTorch's compressed 2:4 format.
 
-    For inference on an NVIDIA GPU, after a run that pruned with `granularity=NM(2, 4)` to a
-    sparsity of 0.5. Each layer is compared with the dense one on random numbers before it is taken.
-    What is not eligible stays dense, and a log line names it with the reason, as `eligibility`
-    gives it.
+    For inference on an NVIDIA GPU, after pruning with `granularity=NM(2, 4)` to a sparsity of 0.5.
+    The outputs of each converted layer are compared with those of the dense layer on random inputs.
+    Layers that are not eligible stay dense; a warning is logged with the reasons from
+    `eligibility`.
 
     Args:
-        model: On a CUDA device of compute capability 8.0 or more, in float16 or bfloat16.
+        model: A model on a CUDA device of compute capability 8.0 or higher, in float16 or bfloat16.
 
     Returns:
-        A copy with the compressed layers; `model` is left as it is.
+        A copy with the compressed layers; `model` is not modified.
 
     Raises:
-        ValueError: If no layer is eligible, with the reason of each; or if the backend computes
-            something else than the dense layer.
+        ValueError: If no layer is eligible, with the reason for each; or if a converted layer fails
+            or its outputs differ.
 
     Example:
         `fast = to_semi_structured(model.half().cuda())`
@@ -44,16 +46,17 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
     """
     reasons = eligibility(model)
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    told = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-    if len(refused) == len(reasons):
-        raise ValueError(
-            "`model` is expected to have an nn.Linear layer that 2:4 kernels run, but "
-            + (f"none is: {told}" if told else "it has no nn.Linear")
-            + "; prune to a sparsity of 0.5 with granularity=NM(2, 4), and move the model to a "
-            "CUDA GPU in float16 or bfloat16"
-        )
-    if told:
-        _log.warning("Left dense: %s", told)
+    listed = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
+    expect(
+        len(refused) < len(reasons),
+        "model",
+        "have an nn.Linear layer that is eligible for 2:4 kernels",
+        listed or "no nn.Linear",
+        "prune to a sparsity of 0.5 with granularity=NM(2, 4), and move the model to a CUDA GPU in "
+        "float16 or bfloat16",
+    )
+    if listed:
+        _log.warning("Left dense: %s", listed)
     sparse = copy.deepcopy(model)
     for name, layer in sparse.named_modules():
         if name in reasons and name not in refused:
@@ -63,19 +66,19 @@ def to_semi_structured(model: nn.Module) -> nn.Module:
 
 
 def eligibility(model: nn.Module) -> dict[str, str | None]:
-    """Say of each `nn.Linear` why 2:4 kernels cannot run it; None where they can.
+    """For each `nn.Linear`, why 2:4 kernels cannot run it.
 
     Args:
         model: The model.
 
     Returns:
-        Qualified name of the layer -> reason or None.
+        Qualified name of the layer -> the reason, or None if it is eligible.
 
     Example:
         >>> eligibility(nn.Sequential(nn.Linear(64, 32)))
         {'0': 'is float32, not float16 or bfloat16'}
     """
-    # Their fast path hands the weights of these two to a kernel that takes dense ones alone.
+    # The fast path of nn.TransformerEncoderLayer passes these weights to a kernel for dense ones.
     fused = {
         id(layer)
         for module in model.modules()
@@ -96,10 +99,10 @@ def eligibility(model: nn.Module) -> dict[str, str | None]:
 
 
 def weight_reason(weight: Tensor) -> str | None:
-    """Say why a weight is not 2:4, or not of a type and shape that the kernels take.
+    """Why a weight is not 2:4, or its dtype or shape is not supported by the kernels.
 
     Args:
-        weight: Of shape (outputs, inputs).
+        weight: Shape (outputs, inputs).
 
     Example:
         >>> weight = torch.tensor([0.0, 0.0, 1.0, 2.0]).repeat(32, 16).half()
@@ -124,19 +127,19 @@ def weight_reason(weight: Tensor) -> str | None:
 
 
 def device_reason(device: torch.device) -> str | None:
-    """Say why no 2:4 kernels run on a device."""
+    """Why 2:4 kernels cannot run on a device."""
     if device.type != "cuda":
-        return f"lies on {device.type}, not on a CUDA GPU"
+        return f"is on {device.type}, not on a CUDA GPU"
     if torch.version.hip is not None:
-        return "lies on an AMD GPU (ROCm), which PyTorch has no 2:4 kernels for"
+        return "is on an AMD GPU (ROCm), for which PyTorch has no 2:4 kernels"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"lies on a GPU of compute capability {major}.{minor}, below 8.0"
+        return f"is on a GPU of compute capability {major}.{minor}, below 8.0"
     return None
 
 
 def _convert(name: str, layer: nn.Linear) -> None:
-    # Drawn on the CPU with a generator of its own, so that converting leaves the seeds alone.
+    # A separate generator, so that the global random state does not change.
     numbers = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
     probe = numbers.to(layer.weight)
     with torch.no_grad(), warnings.catch_warnings():
@@ -148,12 +151,14 @@ def _convert(name: str, layer: nn.Linear) -> None:
             found = layer(probe).float()
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"`model` is expected to have layers that PyTorch's 2:4 backend runs, but with "
-                f"{name} it fails: {error}; leave the model dense on this GPU"
+                f"`model` must run with PyTorch's 2:4 kernels, got an error from {name}: {error}; "
+                "keep the model dense on this GPU"
             ) from error
     off, norm = float((found - expected).norm()), float(expected.norm())
-    if not off <= 1e-2 * norm:  # half precision, summed in another order
-        raise ValueError(
-            f"`model` is expected to compute the same with 2:4 kernels, but the outputs of {name} "
-            f"differ by {off:.1e}, their norm being {norm:.1e}; leave the model dense on this GPU"
-        )
+    expect(
+        off <= 1e-2 * norm,  # half precision, summed in another order
+        "model",
+        "give the same outputs with 2:4 kernels",
+        f"a difference of {off:.1e} in the outputs of {name}, with a norm of {norm:.1e}",
+        "keep the model dense on this GPU",
+    )

@@ -1,4 +1,4 @@
-"""Remove what is dead in a pruned model without changing what it computes."""
+"""Remove dead channels from a pruned model without changing its outputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx, nn
 
-from pruneflow.structure.channels.analysis import analyse, check_same, outputs, owned, plain
+from pruneflow.structure.channels.analysis import analyse, check_same, find_unshared, outputs, plain
 from pruneflow.structure.channels.flow import Flow
 from pruneflow.structure.channels.operations import SUMS, makes_a_new_tensor
 from pruneflow.structure.channels.rules import Carried, Rule
@@ -25,35 +25,33 @@ from pruneflow.structure.running import Example, copied, device_of, evaluating
 
 
 def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> nn.Module:
-    """A smaller dense model that computes the same in evaluation mode.
+    """Build a smaller dense model that gives the same outputs in evaluation mode.
 
-    Filters, channels, features and heads of attention go when no surviving weight reads or writes
-    them, or when what they hold is a constant, which then goes into the next bias; a residual
-    branch that became a constant is replaced by it. What an operation does that is not understood,
-    or that looks at all channels, as LayerNorm does, stays whole. Channels that a sum still needs
-    but a layer beside it does not are copied around that layer by `torch.index_select`. Where more
-    than 16 channels of a multiple of 16 stay, again a multiple of 16 does: CPUs are no faster on a
-    few less.
+    Filters, channels, features and attention heads are removed if no nonzero weight reads or
+    computes them, or if they are constant; constants are folded into the next bias, and a constant
+    residual branch is replaced by its value. Channels are kept where an operation is not supported
+    or needs all of them, as LayerNorm does. If a sum needs more channels than one of its layers,
+    `torch.index_select` copies them around that layer. More than 16 channels of a multiple of 16
+    are rounded up to a multiple of 16, as a few less do not make CPUs faster.
 
-    Exact means but for rounding, in evaluation mode, on finite inputs. Any batch size will do, and
-    other sizes of images if they did before. In training mode the statistics of a batch differ, and
-    branches and attention that had to be rewritten do without dropout that is no layer.
+    Outputs are the same up to rounding, in evaluation mode, for finite inputs of any batch size,
+    and of any image size that the model supports. In training mode, batch statistics differ, and
+    rewritten branches and attention have no functional dropout.
 
     Args:
-        model: The model, pruned: plain, with zeros in place. It is left as it is.
-        example_input: A batch of what the model takes, to learn the shapes from.
-        fixed_size: Whether all inputs will have the size of the example, the batch aside. Then taps
-            of kernels go as well that read nothing but zero padding, as eight of nine do in the
-            last stage of a ResNet on small images. Other sizes are refused by an assertion.
+        model: The pruned model: plain, with exact zeros. It is not modified.
+        example_input: An input batch, to determine shapes.
+        fixed_size: Whether all inputs will have the size of the example, except for the batch size.
+            Then taps of kernels that only read zero padding are removed too, such as eight of nine
+            in the last stage of a ResNet on small images. The result asserts the input size.
 
     Returns:
-        A new model in evaluation mode: of the same class, with smaller layers, where the code of
-        `forward` fits them, otherwise a `torch.fx.GraphModule`. Layers keep their names.
+        A new model in evaluation mode: of the same class with smaller layers if its `forward`
+        supports that, otherwise a `torch.fx.GraphModule`. Layers keep their names.
 
     Raises:
-        ValueError: If a mask of `torch.nn.utils.prune` is still on the model, or torch.fx cannot
-            trace it.
-        RuntimeError: If the result does not compute the same for `example_input`.
+        ValueError: If the model has masks of `torch.nn.utils.prune`, or torch.fx cannot trace it.
+        RuntimeError: If the result gives different outputs for `example_input`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -71,30 +69,30 @@ def shrink(model: nn.Module, example_input: Example, *, fixed_size: bool = False
     with evaluating(small, example_input):
         traced = trace(small, example_input, fixed_size=fixed_size)
     with torch.no_grad(), device_of(model, example_input):
-        own = owned(small, traced)
-        flow, rules = analyse(traced, own, fixed_size=fixed_size)
+        unshared = find_unshared(small, traced)
+        flow, rules = analyse(traced, unshared, fixed_size=fixed_size)
         changed = False
         while _fold_branches(traced, flow):
-            flow, rules = analyse(traced, own, fixed_size=fixed_size)
+            flow, rules = analyse(traced, unshared, fixed_size=fixed_size)
             changed = True
-        _settle(flow, rules)
+        _resolve(flow, rules)
         rewritten = [rule.cut() for rule in rules]
         unreached = any(isinstance(rule, Weighted) and not rule.reached.all() for rule in rules)
         if changed or unreached or any(rewritten):
             if fixed_size:
-                _refuse_other_sizes(traced)
+                _assert_size(traced)
             for node in traced.graph.nodes:
-                node.meta.clear()  # of shapes that were
+                node.meta.clear()  # shapes have changed
             traced.graph.lint()
             small = fx.GraphModule(traced, traced.graph, type(model).__name__).eval()
         else:
-            _hand_over(traced, small)
+            _copy_tensors(traced, small)
     check_same(expected, small, "shrinking")
     return small
 
 
-def _hand_over(traced: fx.GraphModule, small: nn.Module) -> None:
-    """Give the model the parameters and buffers of the graph; the layers are one and the same."""
+def _copy_tensors(traced: fx.GraphModule, small: nn.Module) -> None:
+    """Set the parameters and buffers of the graph on the model, which shares its layers."""
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
@@ -102,7 +100,7 @@ def _hand_over(traced: fx.GraphModule, small: nn.Module) -> None:
 
 
 def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
-    """Replace what a sum or product takes by its constant where all of it is one."""
+    """Replace constant inputs of sums, products and the like by their values."""
     folded = set()
     for node in list(traced.graph.nodes):
         if node.op == "call_module" or node not in flow.values or len(tensor_inputs(node)) < 2:
@@ -114,7 +112,7 @@ def _fold_branches(traced: fx.GraphModule, flow: Flow) -> bool:
             if not (channels.known | ~channels.needed).all():
                 continue
             others = [other for other in tensor_inputs(node) if other is not source]
-            # Another input has to give the result its shape.
+            # Another input must have the shape of the result.
             if any(
                 not of_parameters(other) and other.meta["shape"] == node.meta["shape"]
                 for other in others
@@ -141,21 +139,21 @@ def _insert_constant(traced: fx.GraphModule, flow: Flow, node: fx.Node, source: 
     channels = flow.values[source]
     shape = [1] * len(source.meta["shape"])
     shape[channels.dim] = -1
-    constant = channels.constant.reshape(shape).clone()  # 0 where nobody needs it
+    constant = channels.constant.reshape(shape).clone()  # 0 where not needed
     name = _name_of_constant(node)
     trained = constant.is_floating_point()
     traced.register_parameter(name, nn.Parameter(constant, trained))
     with traced.graph.inserting_before(node):
-        place = traced.graph.get_attr(name)
-    place.meta.update(shape=tuple(constant.shape), dtype=constant.dtype)
-    node.replace_input_with(source, place)
+        value = traced.graph.get_attr(name)
+    value.meta.update(shape=tuple(constant.shape), dtype=constant.dtype)
+    node.replace_input_with(source, value)
     out_of_place(node)
-    flow.own.add(name)
+    flow.unshared.add(name)
     _remove_unused(traced, source)
 
 
 def _remove_unused(traced: fx.GraphModule, node: fx.Node) -> None:
-    if node not in traced.graph.nodes:  # by then removed, as all that read it were
+    if node not in traced.graph.nodes:  # removed already
         return
     sources = node.all_input_nodes
     writes = is_in_place(node) and any(len(source.users) > 1 for source in sources)
@@ -166,14 +164,14 @@ def _remove_unused(traced: fx.GraphModule, node: fx.Node) -> None:
         _remove_unused(traced, source)
 
 
-def _settle(flow: Flow, rules: list[Rule]) -> None:
-    """Decide what stays."""
-    flow.settle()
+def _resolve(flow: Flow, rules: list[Rule]) -> None:
+    """Decide which channels are kept."""
+    flow.resolve()
     for rule in rules:
         if isinstance(rule, Weighted):
             rule.keep_constants()
     for channels in flow.values.values():
-        if not flow.kept(channels).any():  # not all backends take tensors without any
+        if not flow.kept(channels).any():  # not all backends support empty tensors
             flow.keep(int(channels.atoms[0]))
     for rule in rules:
         if isinstance(rule, Carried) and rule.drops_one:
@@ -185,7 +183,7 @@ def _settle(flow: Flow, rules: list[Rule]) -> None:
             flow.round_up(rule.result)
 
 
-def _refuse_other_sizes(traced: fx.GraphModule) -> None:
+def _assert_size(traced: fx.GraphModule) -> None:
     graph = traced.graph
     for given in given_tensors(graph):
         size = given.meta["shape"][1:]
@@ -195,6 +193,6 @@ def _refuse_other_sizes(traced: fx.GraphModule) -> None:
             found = graph.call_function(operator.getitem, (shape, slice(1, None)))
         with graph.inserting_after(found):
             same = graph.call_function(operator.eq, (found, size))
-        message = f"the input is expected to be of the fixed size {size} this model was shrunk for"
+        message = f"the input must be of the fixed size {size} this model was shrunk for"
         with graph.inserting_after(same):
             graph.call_function(torch._assert, (same, message))

@@ -1,4 +1,4 @@
-"""Networks, losses, the training step and learning rates; they know nothing of pruning."""
+"""Networks, losses, the training step and learning-rate schedules, independent of pruning."""
 
 from pruneflow.models.classifier import Classifier
 from pruneflow.models.losses import CrossEntropy, Loss

@@ -16,32 +16,33 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from pruneflow.errors import expect
 from pruneflow.models.losses import CrossEntropy, Loss
 
 
 class Classifier(LightningModule):
-    """A network trained to tell classes apart.
+    """Image classification with any network.
 
-    Logs loss and accuracy over each epoch: `train_loss`, `train_accuracy`, and the same with `val_`
-    and `test_`, where the loss is plain cross-entropy, whatever is trained on. The metrics are kept
-    out of the state_dict, so its keys are the network's, after "network.".
+    Logs loss and accuracy of each epoch: `train_loss`, `train_accuracy`, and the same with `val_`
+    and `test_`, for which the loss is always plain cross-entropy. Metrics are not part of the
+    state_dict: its keys are those of the network, prefixed by "network.".
 
     Args:
-        network: Images, float32 (B, C, H, W), to logits (B, `num_classes`).
+        network: Maps images, float32 (B, C, H, W), to logits (B, `num_classes`).
         num_classes: Number of classes.
-        optimizer: Takes the parameters, such as `partial(torch.optim.SGD, lr=0.1)`.
-        lr_scheduler: Takes the optimizer and `steps_per_epoch`, how many of its steps make an
-            epoch, and is stepped after each, such as `partial(multistep, epochs=100)`; None keeps
-            the learning rate.
-        loss: What is trained on: `(logits, labels, images) -> loss`. It is no part of the model,
-            unless it is an `nn.Module`.
-        channels_last: Keep network and images in PyTorch's channels-last memory format, which
-            convolutions on GPUs in 16 bits prefer.
+        optimizer: Called with the parameters, such as `partial(torch.optim.SGD, lr=0.1)`.
+        lr_scheduler: Called with the optimizer and `steps_per_epoch`, such as
+            `partial(multistep, epochs=100)`, and stepped after each optimizer step; None for a
+            constant learning rate.
+        loss: Training loss: `(logits, labels, images) -> loss`. Not part of the model, unless it is
+            an `nn.Module`.
+        channels_last: Use PyTorch's channels-last memory format, which is faster for convolutions
+            on GPUs in 16 bits.
 
     Attributes:
-        wraps: Where the network is; names of its parameters go without it.
-        test_per_class: Accuracy in each class, in [0, 1], after a test; 0 where nothing was tested.
-        test_counts: How many images of each class were tested.
+        wraps: Attribute of the network; names of prunable tensors omit it.
+        test_per_class: Accuracy of each class, in [0, 1], after a test; 0 if nothing was tested.
+        test_counts: Number of test images of each class.
     """
 
     wraps: ClassVar[str] = "network"
@@ -55,7 +56,7 @@ class Classifier(LightningModule):
         optimizer: Callable[[Iterable[Parameter]], Optimizer],
         lr_scheduler: Callable[..., LRScheduler] | None = None,
         *,
-        loss: Loss = CrossEntropy(),  # noqa: B008  it is frozen
+        loss: Loss = CrossEntropy(),  # noqa: B008  immutable
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -75,34 +76,34 @@ class Classifier(LightningModule):
         return logits
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss that is trained, of one batch, without logging or counting it."""
+        """Training loss of a batch, without logging."""
         images, labels = batch
         return self._loss(self(images), labels, images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of one batch."""
+        """Training loss of a batch."""
         loss = self._step(self._train, batch, batch_idx)
-        # Not in on_train_epoch_end, which comes after the callbacks that look for it.
+        # on_train_epoch_end would be too late for callbacks that read the metrics.
         if self.trainer.is_last_batch:
             self.log_dict(self._train.compute(), on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure one batch."""
+        """Update the validation metrics."""
         self._step(self._val, batch, batch_idx)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure one batch."""
+        """Update the test metrics."""
         self._step(self._test, batch, batch_idx)
 
-    # Logged once an epoch: `self.log` at each step costs more than the metrics do.
+    # Metrics are logged once per epoch, as `self.log` in each step costs more than the metrics.
 
     def on_validation_epoch_end(self) -> None:
-        """Log the epoch."""
+        """Log the validation metrics."""
         self.log_dict(self._val.compute(), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        """Log the test and keep the accuracy in each class."""
+        """Log the test metrics and store the accuracy of each class."""
         values = self._test.compute()
         self.test_per_class = values.pop("test_per_class").tolist()
         counted: Any = self._test["per_class"]
@@ -110,7 +111,7 @@ class Classifier(LightningModule):
         self.log_dict(values, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and, if there is one, its scheduler, stepped after each of its steps."""
+        """The optimizer and its learning-rate scheduler, if any, stepped after each step."""
         optimizer = self._optimizer(self.network.parameters())
         if self._lr_scheduler is None:
             return optimizer
@@ -118,14 +119,15 @@ class Classifier(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def _steps_per_epoch(self) -> int:
-        self.trainer.fit_loop.setup_data()  # which counts its batches
+        self.trainer.fit_loop.setup_data()  # sets `num_training_batches`
         batches = self.trainer.num_training_batches
-        if batches == math.inf:
-            raise ValueError(
-                "`limit_train_batches` must be a number of batches where the training data have no "
-                f"length, got {self.trainer.limit_train_batches}; the learning rate is scheduled "
-                "over the steps of an epoch, so set it, or leave `lr_scheduler` out"
-            )
+        expect(
+            batches != math.inf,
+            "limit_train_batches",
+            "be a number of batches if the training data has no length",
+            self.trainer.limit_train_batches,
+            "set it, or leave out `lr_scheduler`, which needs the number of steps per epoch",
+        )
         return math.ceil(batches / self.trainer.accumulate_grad_batches)
 
     def _step(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -135,17 +137,17 @@ class Classifier(LightningModule):
             loss = self._loss(logits, labels, images)
         else:
             loss = cross_entropy(logits, labels)
-        if index == 0:  # not at an epoch's end, which an interrupted epoch never reaches
+        if index == 0:  # not at the end of an epoch, which an interrupted epoch never reaches
             metrics.reset()
         predictions = logits.detach().argmax(1)
-        # One loss an image, since a MeanMetric that does not look for nan forgets its weights.
+        # One loss per image, as MeanMetric ignores its weights with nan_strategy="disable".
         losses = loss.detach().expand(len(labels))
         metrics.update(value=losses, preds=predictions, target=labels)
         return loss
 
 
 def _metrics(stage: str, num_classes: int) -> MetricCollection:
-    # Values are not checked for nan: that would wait for the GPU at every step, and hide it.
+    # Checking for NaN would synchronise with the GPU at every step, and hide the NaN.
     loss = MeanMetric(nan_strategy="disable")
     accuracy = _accuracy(num_classes, average="micro")
     return MetricCollection(

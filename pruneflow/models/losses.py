@@ -1,4 +1,4 @@
-"""What a classifier is trained on: functions of logits, labels and images."""
+"""Training losses of a classifier: functions of logits, labels and images."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from pruneflow.errors import expect
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(logits, labels, images) -> loss`, a scalar: the mean over the batch."""
+"""`(logits, labels, images) -> loss`: the mean over the batch, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,10 @@ class CrossEntropy:
     """Cross-entropy of the softmax of the logits.
 
     Args:
-        label_smoothing: Share of each label that is spread evenly over all classes, in [0, 1).
+        label_smoothing: Amount of label smoothing, in [0, 1).
 
     Raises:
-        ValueError: If it is out of range.
+        ValueError: If `label_smoothing` is out of range.
 
     Example:
         >>> import torch
@@ -35,17 +37,15 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"`label_smoothing` must be in [0, 1), got {self.label_smoothing}; 0.1 is usual"
-            )
+        valid = 0 <= self.label_smoothing < 1
+        expect(valid, "label_smoothing", "be in [0, 1)", self.label_smoothing, "0.1 is usual")
 
     def __call__(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        """The mean loss of a batch.
+        """Mean loss of a batch.
 
         Args:
-            logits: Of shape (B, classes).
+            logits: Outputs of the network (B, classes).
             labels: Class indices (B,).
-            images: The inputs (B, C, H, W); not used.
+            images: Inputs of the network (B, C, H, W); not used.
         """
         return cross_entropy(logits, labels, label_smoothing=self.label_smoothing)

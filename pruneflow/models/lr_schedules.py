@@ -1,7 +1,7 @@
 """PyTorch's learning-rate schedules over a number of epochs, stepped after each optimizer step.
 
-The optimizer's own `lr` is never exceeded. All that a schedule goes by is in its
-`state_dict`, as builtins.
+None of them exceeds the optimizer's `lr`. Their `state_dict`s are complete and contain builtins
+only.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from pruneflow.errors import expect
+
 
 def constant(optimizer: Optimizer, epochs: int, steps_per_epoch: int = 1) -> LRScheduler:
-    """Keep the learning rate.
+    """Keep the learning rate constant.
 
     Args:
-        optimizer: Whose learning rate.
-        epochs: Length of the schedule; there so that every schedule takes it.
-        steps_per_epoch: Optimizer steps in an epoch; 1 for a schedule that is stepped once an
-            epoch.
+        optimizer: The optimizer.
+        epochs: Length of the schedule; not used, for a common signature.
+        steps_per_epoch: Optimizer steps per epoch; 1 to step the schedule once per epoch.
+
+    Raises:
+        ValueError: If a length is below 1.
     """
     _steps(epochs, steps_per_epoch)
     return ConstantLR(optimizer, factor=1.0, total_iters=0)
@@ -44,14 +48,14 @@ def multistep(
     """Multiply the learning rate by `gamma` at each milestone.
 
     Args:
-        optimizer: Whose learning rate.
+        optimizer: The optimizer.
         epochs: Length of the schedule.
-        steps_per_epoch: Optimizer steps in an epoch.
+        steps_per_epoch: Optimizer steps per epoch.
         milestones: Fractions of the schedule, in (0, 1).
-        gamma: Factor at each.
+        gamma: Factor at each milestone.
 
     Raises:
-        ValueError: If a milestone is not a fraction.
+        ValueError: If a milestone is out of range.
 
     Example:
         >>> import torch
@@ -66,38 +70,33 @@ def multistep(
         [0.8, 0.8, 0.4, 0.2]
     """
     steps = _steps(epochs, steps_per_epoch)
+    expected, remedy = "be fractions of the schedule in (0, 1)", "divide it by the number of epochs"
     for milestone in milestones:
-        if not 0 < milestone < 1:
-            raise ValueError(
-                f"`milestones` are expected to be fractions of the schedule in (0, 1), but "
-                f"{milestone} came; divide it by the number of epochs"
-            )
+        expect(0 < milestone < 1, "milestones", expected, milestone, remedy)
     return MultiStepLR(optimizer, [math.ceil(m * steps) for m in milestones], float(gamma))
 
 
 def cosine(
     optimizer: Optimizer, epochs: int, steps_per_epoch: int = 1, warmup_epochs: int = 0
 ) -> LRScheduler:
-    """Warm up linearly, then fall as half a cosine (Loshchilov & Hutter 2017, without restarts).
+    """Linear warm-up, then cosine annealing (Loshchilov & Hutter 2017, without restarts).
 
-    The rate of step t is `lr` times (t+1)/(w+1) for t < w, then (1 + cos(π (t-w)/(n-w)))/2, for a
-    warm-up of w steps in a schedule of n.
+    At step t of n, with a warm-up of w steps, the learning rate is `lr` times (t+1)/(w+1) for
+    t < w, and (1 + cos(π (t-w)/(n-w)))/2 afterwards.
 
     Args:
-        optimizer: Whose learning rate.
+        optimizer: The optimizer.
         epochs: Length of the schedule.
-        steps_per_epoch: Optimizer steps in an epoch.
-        warmup_epochs: How many of the epochs warm up.
+        steps_per_epoch: Optimizer steps per epoch.
+        warmup_epochs: Length of the warm-up, part of `epochs`.
 
     Raises:
         ValueError: If the warm-up takes all epochs.
     """
     steps = _steps(epochs, steps_per_epoch)
-    if not 0 <= warmup_epochs < epochs:
-        raise ValueError(
-            f"`warmup_epochs` is expected in [0, {epochs}), as there are {epochs} epochs, but "
-            f"{warmup_epochs} came; warm up less or train longer"
-        )
+    valid, remedy = 0 <= warmup_epochs < epochs, "shorten the warm-up or train longer"
+    expected = f"be in [0, {epochs}) for {epochs} epochs"
+    expect(valid, "warmup_epochs", expected, warmup_epochs, remedy)
     warmup = int(float(warmup_epochs) * steps_per_epoch)
     if not warmup:
         return CosineAnnealingLR(optimizer, steps)
@@ -113,27 +112,24 @@ def one_cycle(
     peak: float = 0.3,
     cycle_momentum: bool = False,
 ) -> LRScheduler:
-    """Rise from 1/25 of the learning rate to all of it, then fall to nought (Smith & Topin 2018).
+    """Increase the learning rate from `lr`/25 to `lr`, then decrease it to 0 (Smith & Topin 2018).
 
     Args:
-        optimizer: Whose learning rate.
+        optimizer: The optimizer.
         epochs: Length of the schedule.
-        steps_per_epoch: Optimizer steps in an epoch.
-        peak: Fraction of the schedule after which the learning rate is highest, in [0, 1).
-        cycle_momentum: Let momentum (or Adam's first beta) fall from 0.95 to 0.85 while the
-            learning rate rises, and rise again; otherwise it stays as it is.
+        steps_per_epoch: Optimizer steps per epoch.
+        peak: Fraction of the schedule at which the learning rate is highest, in [0, 1).
+        cycle_momentum: Decrease momentum (or Adam's first beta) from 0.95 to 0.85 while the
+            learning rate increases, and vice versa; if False, it is constant.
 
     Raises:
         ValueError: If `peak` is out of range.
     """
     steps = _steps(epochs, steps_per_epoch)
-    if not 0 <= peak < 1:
-        raise ValueError(
-            f"`peak` is expected to be a fraction of the schedule in [0, 1), but {peak} came; "
-            "0.3 is usual"
-        )
+    valid, expected = 0 <= peak < 1, "be a fraction of the schedule in [0, 1)"
+    expect(valid, "peak", expected, peak, "0.3 is usual")
     peak = float(peak)
-    if peak * steps == 1:  # PyTorch then divides by the steps before the peak, of which are none
+    if peak * steps == 1:  # PyTorch would divide by zero
         peak = 0.0
     return OneCycleLR(
         optimizer,
@@ -146,8 +142,5 @@ def one_cycle(
 
 def _steps(epochs: int, steps_per_epoch: int) -> int:
     for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-        if value < 1:
-            raise ValueError(
-                f"`{name}` is expected to be at least 1, but {value} came; give that of the phase"
-            )
+        expect(value >= 1, name, "be at least 1", value, "use the value of the training")
     return int(epochs) * int(steps_per_epoch)

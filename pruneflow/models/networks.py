@@ -1,4 +1,4 @@
-"""Networks: a small one for small images, and every classification network of torchvision."""
+"""Networks: a small CNN, and all classification networks of torchvision."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ import torchvision.models
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pruneflow.errors import expect
 from pruneflow.state_dicts import described, load_safetensors, with_description
 
 _log = logging.getLogger(__name__)
 
 
 def small_cnn(num_classes: int, in_channels: int, width: int = 32) -> nn.Sequential:
-    """Three 3x3 convolutions with batch norm and a linear layer, for images of 8x8 or so.
+    """Three 3x3 convolutions with batch norm and a linear layer, for images of about 8x8 pixels.
 
     Args:
         num_classes: Number of outputs.
         in_channels: Channels of the images.
-        width: Channels of the first convolution; the others have twice as many.
+        width: Output channels of the first convolution; the others have twice as many.
 
     Example:
         >>> small_cnn(num_classes=10, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
@@ -62,19 +63,18 @@ def torchvision_model(
     """Build a torchvision classification network.
 
     Args:
-        name: As `torchvision.models.list_models(module=torchvision.models)` lists it.
+        name: A name in `torchvision.models.list_models(module=torchvision.models)`.
         num_classes: Number of outputs.
-        in_channels: Channels of the images. If not 3, the first convolution is replaced by one that
-            takes as many, initialised as PyTorch initialises it.
-        stem: "imagenet" leaves the network alone; "cifar" gives a ResNet, for small images, a 3x3
-            convolution of stride 1 and no max-pool in place of 7x7, stride 2 and max-pool.
-        weights: A local file, as `load_weights` reads it, or the name of a torchvision weights
-            entry, such as "DEFAULT", which is downloaded. Where only the number of classes differs
-            the last layer stays freshly initialised.
+        in_channels: Channels of the images. If not 3, the first convolution is replaced by a new
+            one with PyTorch's default initialisation.
+        stem: "imagenet" keeps the network unchanged; "cifar" adapts a ResNet to small images, with
+            a 3x3 convolution of stride 1 instead of 7x7 and stride 2, and without the max-pool.
+        weights: A local file, see `load_weights`, or the name of torchvision weights to download,
+            such as "DEFAULT". If only the number of classes differs, the last layer is not loaded.
 
     Raises:
         ValueError: If the network or the weights are unknown, `stem` does not fit the network, or
-            the weights are of another network.
+            the weights belong to another network.
 
     Example:
         >>> network = torchvision_model("resnet18", num_classes=10, stem="cifar")
@@ -82,14 +82,12 @@ def torchvision_model(
         Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False)
     """
     names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        near = difflib.get_close_matches(name, names) or names
-        raise ValueError(
-            f"`name` is expected to be a torchvision classification network, but {name!r} came; "
-            f"did you mean {', '.join(near)}?"
-        )
-    # These two have auxiliary outputs unless told not to, and warn, or take seconds, to
-    # initialise in a way of their own.
+    near = ", ".join(difflib.get_close_matches(name, names) or names)
+    expected = "be a torchvision classification network"
+    expect(name in names, "name", expected, repr(name), f"try one of {near}")
+    valid, remedy = stem in ("imagenet", "cifar"), "use 'cifar' for small images"
+    expect(valid, "stem", "be 'imagenet' or 'cifar'", repr(stem), remedy)
+    # By default, these two have auxiliary outputs, and an initialisation that warns or is slow.
     options = {"aux_logits": False, "init_weights": False} if name in _WITH_AUXILIARY else {}
     network: nn.Module = torchvision.models.get_model(
         name, weights=None, num_classes=num_classes, **options
@@ -97,14 +95,12 @@ def torchvision_model(
     if stem == "cifar":
         if not isinstance(network, torchvision.models.ResNet):
             raise ValueError(
-                f"`stem`='cifar' is expected only with a ResNet, but `name` is {name!r}, whose "
-                "stem is another; take stem='imagenet'"
+                "`stem` must be 'imagenet' unless the network is a ResNet, got 'cifar' for "
+                f"{name!r}; use stem='imagenet'"
             )
         network.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
-    elif stem != "imagenet":
-        raise ValueError(f"`stem` is expected to be 'imagenet' or 'cifar', but {stem!r} came")
     if in_channels != 3:
         _replace_first_convolution(network, in_channels)
     if weights is not None:
@@ -136,28 +132,27 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
     Args:
         network: The network.
-        path: A safetensors file, or what `torch.save` wrote: a `state_dict`, a Lightning
-            checkpoint, or a dict that holds one. The network may lie anywhere in it: of all names
-            those after one prefix count, such as `net.` or `model.module.`.
+        path: A safetensors file, or a file of `torch.save`: a `state_dict`, a Lightning checkpoint,
+            or a dict that contains one. Names may have a prefix, such as `net.` or `model.module.`;
+            tensors without it are ignored.
 
     Raises:
-        ValueError: If there is no such file, or its tensors are not those of the network.
+        ValueError: If there is no such file, or its tensors do not fit the network.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"`weights`={str(path)!r} is expected to be a file; check the path")
+    expect(Path(path).is_file(), "weights", "be a file", repr(str(path)), "check the path")
     load_state(network, _read_file(Path(path)), str(path))
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors into a network, from under a prefix of their names where that makes them fit.
+    """Load tensors into a network; their names may have a prefix.
 
     Args:
         network: The network.
         state: Name -> tensor.
-        source: Where they come from, for errors.
+        source: Origin of the tensors, for error messages.
 
     Raises:
-        ValueError: If they are not those of the network.
+        ValueError: If the tensors do not fit the network.
 
     Example:
         >>> network = nn.Linear(2, 1)
@@ -166,11 +161,11 @@ def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str) -> 
         Parameter containing:
         tensor([1.], requires_grad=True)
     """
-    # No number of classes is 0: a last layer of another shape is refused too.
+    # With 0 classes, a last layer of another shape is an error too.
     _load(network, state, source, num_classes=0)
 
 
-# What `torch.load` raises for files that are damaged, foreign, or hold other objects.
+# Raised by `torch.load` for files that are damaged, of another format, or hold other objects.
 _UNREADABLE = (pickle.UnpicklingError, AttributeError, EOFError, KeyError, RuntimeError)
 
 
@@ -183,8 +178,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return with_description(dict(_tensors(state)), described(state))
     except (*_UNREADABLE, SafetensorError) as error:
         raise ValueError(
-            f"`weights`={str(path)!r} is expected to hold a state_dict, but it is no such file or "
-            "holds other objects, which are not unpickled; save network.state_dict()"
+            f"`weights` must hold a state_dict, got {str(path)!r}, which is damaged or holds other "
+            "objects, which are not unpickled; save network.state_dict()"
         ) from error
 
 
@@ -202,19 +197,17 @@ def _read_weights(name: str, weights: str) -> dict[str, Tensor]:
         return _read_file(path)
     entries = torchvision.models.get_model_weights(name)
     entry = weights.rpartition(".")[2]
-    if entry not in entries.__members__:
-        raise ValueError(
-            f"`weights` is expected to be a file or one of {', '.join(entries.__members__)}, but "
-            f"{weights!r} is neither; check the path"
-        )
+    known = entries.__members__
+    expected = f"be a file or one of {', '.join(known)}"
+    expect(entry in known, "weights", expected, repr(weights), "check the path")
     downloaded: dict[str, Tensor] = entries[entry].get_state_dict(progress=False, check_hash=True)
     return downloaded
 
 
 def _load(network: nn.Module, state: Mapping[str, Tensor], weights: str, num_classes: int) -> None:
-    """Load `state`, but for a last layer that differs in the number of classes alone."""
+    """Load `state`, except for a last layer that differs only in the number of classes."""
     own = network.state_dict()
-    state = _below_prefix(state, own.keys(), weights)
+    state = _without_prefix(state, own.keys(), weights)
     head = [
         key
         for key in own
@@ -227,44 +220,52 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], weights: str, num_cla
         for key in own
         if own[key].shape != state[key].shape and key not in head
     ]
-    if wrong:
-        raise ValueError(
-            f"`weights`={weights!r} is expected to fit the network, but {len(wrong)} tensors are "
-            f"of another shape: {', '.join(wrong[:4])}; check `name`, `stem` and `in_channels`"
-        )
+    expect(
+        not wrong,
+        "weights",
+        "fit the network",
+        f"{len(wrong)} tensors of another shape in {weights!r}: {', '.join(wrong[:4])}",
+        "check `name`, `stem` and `in_channels`",
+    )
     if head:
-        _log.warning("`weights`=%s: %s differ in classes and start afresh", weights, sorted(head))
-    # Where nothing says of which versions the modules were, they are taken for those of today.
+        _log.warning(
+            "Not loaded from %s, as the number of classes differs: %s",
+            weights,
+            ", ".join(sorted(head)),
+        )
+    # Without version information, the modules are assumed to have the current versions.
     modules = described(state) or described(own)
     network.load_state_dict(with_description({**state, **{key: own[key] for key in head}}, modules))
 
 
-def _below_prefix(
+def _without_prefix(
     state: Mapping[str, Tensor], wanted: Collection[str], weights: str
 ) -> OrderedDict[str, Tensor]:
-    """The tensors with the wanted names, as they are or after one prefix that all of them have."""
+    """The tensors with the wanted names, after removing a common prefix if necessary."""
     prefixes = {""} | {key[: dot.end()] for key in state for dot in re.finditer(r"\.", key)}
     parts = {
         prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         for prefix in sorted(prefixes)
     }
     fitting = [prefix for prefix, part in parts.items() if part.keys() == set(wanted)]
-    if len(fitting) > 1:
-        raise ValueError(
-            f"`weights`={weights!r} must hold the network once, got it under each of "
-            f"{', '.join(fitting)}; save the one that is meant"
-        )
+    expect(
+        len(fitting) <= 1,
+        "weights",
+        "hold the network once",
+        f"copies with the prefixes {', '.join(map(repr, fitting))} in {weights!r}",
+        "save the one you need",
+    )
     if not fitting:
         nearest = max(parts.values(), key=lambda part: len(part.keys() & set(wanted)))
         raise ValueError(
-            f"`weights`={weights!r} is expected to fit the network, whose tensors are "
-            f"{_some(wanted)}, but {_some(state)} came; "
-            f"missing: {_some(set(wanted) - nearest.keys())}; "
-            f"unknown: {_some(nearest.keys() - set(wanted))}; check which network it was saved of"
+            f"`weights` must fit the network, with the tensors {_first(wanted)}, got "
+            f"{_first(state)} in {weights!r} "
+            f"(missing: {_first(set(wanted) - nearest.keys())}; "
+            f"unknown: {_first(nearest.keys() - set(wanted))}); check which network was saved"
         )
     return with_description(parts[fitting[0]], described(state, fitting[0]))
 
 
-def _some(names: Collection[str], most: int = 4) -> str:
-    shown = ", ".join(sorted(names)[:most]) or "none"
-    return f"{shown}, ... ({len(names)})" if len(names) > most else shown
+def _first(names: Collection[str], count: int = 4) -> str:
+    shown = ", ".join(sorted(names)[:count]) or "none"
+    return f"{shown}, ... ({len(names)})" if len(names) > count else shown

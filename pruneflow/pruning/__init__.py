@@ -1,1 +1,1 @@
-"""One round, with PyTorch alone: from scores to masks that are held."""
+"""Pruning in plain PyTorch: schedules, importances, granularities, masks and the Pruner."""

@@ -1,40 +1,63 @@
-"""Score: how important each weight is. Higher scores are kept.
+"""Importance: a score for each weight. The weights with the highest scores are kept.
 
-An importance is a pure function `(name, tensor, context) -> scores` of the tensor's shape, called
-tensor by tensor and more than once a round, so that a round never holds all scores. One that scores
-each weight by itself, like `magnitude`, may say so by an attribute `elementwise = True`; it is then
-called with flat pieces of the tensor, which is faster and takes less memory. One that looks at the
-gradients of the loss, like `taylor`, has to say so by `needs_gradients = True`.
+An importance is a pure function `(name, tensor, context) -> scores` of the tensor's shape. It is
+called tensor by tensor, several times per round, so that a round never holds all scores in memory.
+If each score depends on its weight only, as in `magnitude`, set the attribute `elementwise = True`;
+it is then called with flat pieces of the tensor, which is faster and takes less memory. If scores
+depend on more than the weights, such as gradients in `taylor`, set the attribute `needs` to that
+evidence.
+
+A new importance is a function in this module or, with settings, a frozen dataclass, whose `repr` is
+compared on resume.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruneflow.distributed import local, own
+from pruneflow.distributed import local_part, to_local
+from pruneflow.errors import expect
+from pruneflow.pruning.evidence import Evidence, gradients, resolve_evidence
 from pruneflow.pruning.schedules import plain_number
 from pruneflow.pruning.threshold import Elementwise
 
 
+class _Undeclared(dict[str, Tensor]):
+    """The evidence for an importance without `needs`."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(
+            "`importance` must declare the evidence that it reads, got one without `needs` that "
+            f"reads the evidence of {name!r}; set its attribute `needs`, such as to "
+            "pruneflow.gradients"
+        )
+
+
 @dataclass(frozen=True)
 class Context:
-    """What an importance may know beside the tensor.
+    """What an importance can use besides the tensor.
 
     Args:
-        round: The round that is about to prune, counted from 1.
-        gradients: Qualified name -> gradient of the loss, of the tensor's shape; empty unless the
-            importance says that it `needs_gradients`.
+        round: The round, counted from 1.
+        evidence: Qualified name -> the evidence that the importance `needs`, such as the tensor's
+            gradient; empty if it needs none.
     """
 
     round: int
-    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    evidence: Mapping[str, Tensor] = field(default_factory=_Undeclared)
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """The evidence, if that is `pruneflow.gradients`."""
+        return self.evidence
 
 
 Importance = Callable[[str, Tensor, Context], Tensor]
@@ -65,20 +88,20 @@ magnitude.elementwise = True  # type: ignore[attr-defined]
 
 
 def taylor(name: str, tensor: Tensor, context: Context) -> Tensor:
-    """How much the loss changes, to first order, when a weight becomes zero: |weight x gradient|.
+    """First-order change of the loss if a weight is set to zero: |weight x gradient|.
 
-    Before any training this is the connection sensitivity of SNIP.
+    At initialization, this is the connection sensitivity of SNIP.
 
     Args:
         name: Qualified name of the tensor.
         tensor: The live weights, of any shape.
-        context: With the gradient of the tensor.
+        context: Its evidence is the gradient of the tensor.
 
     Returns:
-        Scores of the tensor's shape, at least float32, as products of halves would vanish.
+        Scores of the tensor's shape, at least float32, as products of float16 may underflow.
 
     Example:
-        >>> context = Context(round=1, gradients={"weight": torch.tensor([0.1, -2.0])})
+        >>> context = Context(round=1, evidence={"weight": torch.tensor([0.1, -2.0])})
         >>> taylor("weight", torch.tensor([-3.0, 1.0]), context)
         tensor([0.3000, 2.0000])
 
@@ -87,28 +110,40 @@ def taylor(name: str, tensor: Tensor, context: Context) -> Tensor:
         https://arxiv.org/abs/1810.02340.
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    return (tensor.to(wide) * context.gradients[name]).abs()
+    return (tensor.to(wide) * context.evidence[name]).abs()
 
 
-taylor.needs_gradients = True  # type: ignore[attr-defined]
+taylor.needs = gradients  # type: ignore[attr-defined]
 
 
-def needs_gradients(importance: object) -> bool:
-    """Whether an importance looks at the gradients of the loss.
+def needs_of(importance: object) -> Evidence | None:
+    """The evidence that an importance needs; None if it scores weights alone.
 
     Example:
-        >>> needs_gradients(taylor), needs_gradients(magnitude)
-        (True, False)
+        >>> needs_of(partial(taylor)) is gradients, needs_of(magnitude)
+        (True, None)
     """
-    return getattr(importance, "needs_gradients", False)
+    if _declared(importance, "needs_gradients"):  # the attribute of earlier versions
+        return gradients
+    needs = _declared(importance, "needs")
+    return None if needs is None else resolve_evidence(needs)
+
+
+def _declared(importance: object, attribute: str) -> Any:
+    """An attribute of an importance, or of the function that it wraps."""
+    while importance is not None:
+        if hasattr(importance, attribute):
+            return getattr(importance, attribute)
+        importance = getattr(importance, "func", getattr(importance, "__wrapped__", None))
+    return None
 
 
 @dataclass(frozen=True)
 class Random:
-    """Uniform random scores: the baseline that every criterion has to beat.
+    """Uniform random scores, a baseline.
 
-    The scores are a function of (seed, round, name, flat index) alone, whatever the device, the
-    process or the state of PyTorch's own random numbers.
+    The scores depend on (seed, round, name, flat index) only, not on the device, the process or
+    PyTorch's global random state.
 
     Args:
         seed: Seed of the scores.
@@ -135,13 +170,13 @@ class Random:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Scores computed elsewhere (torch: `importance_scores`).
+    """Precomputed scores (`importance_scores` in `torch.nn.utils.prune`).
 
     Args:
         scores: Qualified name -> scores of that tensor's shape.
 
     Raises:
-        ValueError: When called for a tensor without scores, or with scores of another shape.
+        ValueError: When called, if the tensor has no scores, or scores of another shape.
 
     Example:
         >>> given = Given({"weight": torch.tensor([0.2, 0.9])})
@@ -153,21 +188,25 @@ class Given:
 
     def __call__(self, name: str, tensor: Tensor, context: Context) -> Tensor:
         """The scores given for `name`."""
-        if name not in self.scores:
-            raise ValueError(
-                f"`scores` is expected to hold scores for every prunable tensor, but {name!r} is "
-                f"missing; add it, or `exclude` the tensor (given: {', '.join(self.scores)})"
-            )
+        expect(
+            name in self.scores,
+            "scores",
+            f"have an entry for each tensor to prune, such as {name}",
+            f"entries for {', '.join(self.scores) or 'none'}",
+            "add it, or `exclude` the tensor",
+        )
         scores = self.scores[name]
-        if scores.shape != tensor.shape:
-            raise ValueError(
-                f"`scores` of {name!r} are expected to have the shape {tuple(tensor.shape)}, but "
-                f"{tuple(scores.shape)} came; give one score for each weight"
-            )
+        expect(
+            scores.shape == tensor.shape,
+            "scores",
+            f"have the shape {tuple(tensor.shape)} for {name}",
+            tuple(scores.shape),
+            "give one score per weight",
+        )
         return scores.to(tensor.device)
 
 
-def scores_of(
+def score_function(
     importance: Importance,
     name: str,
     context: Context,
@@ -176,94 +215,112 @@ def scores_of(
     keep: Tensor | None = None,
     protect: Callable[[Tensor], Tensor] | None = None,
 ) -> partial[Tensor]:
-    """How to compute the scores of one tensor, checked.
+    """The function that computes the scores of a tensor and checks them.
 
     Args:
-        importance: Scores, higher = keep.
+        importance: The importance.
         name: Qualified name of the tensor.
-        context: What else the importance may know.
-        tensor: The weights; of a sharded one the scores are those of this process's part.
-        scale: What to divide the scores by.
-        keep: The mask so far, zero = pruned: -inf there.
-        protect: What to do with all scores of the tensor in the end.
+        context: The context for the importance.
+        tensor: The weights; for a sharded tensor, the function returns the local scores.
+        scale: Scores are divided by this.
+        keep: The present mask, zero = pruned; scores of pruned weights become -inf.
+        protect: Applied to the scores of the whole tensor at the end.
 
     Raises:
-        TypeError: When called, if the scores are no floats.
-        ValueError: When called, if they are of another shape than the tensor.
+        TypeError: When called, if the scores are not floating point.
+        ValueError: When called, if they do not have the tensor's shape.
     """
 
     def score(tensor: Tensor, keep: Tensor | None = None) -> Tensor:
         scores = importance(name, tensor, context)
-        if not isinstance(scores, Tensor) or not scores.is_floating_point():
-            came = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(
-                f"`importance` is expected to return a tensor of floats for {name!r}, but {came} "
-                "came; convert it, for example by `scores.float()`"
-            )
-        if scores.shape != tensor.shape:
-            raise ValueError(
-                f"`importance` is expected to return scores of the shape {tuple(tensor.shape)} for "
-                f"{name!r}, but {tuple(scores.shape)} came; return one score for each weight"
-            )
-        scores = own(scores, tensor)
+        expect(
+            isinstance(scores, Tensor) and scores.is_floating_point(),
+            "importance",
+            f"return a floating-point tensor for {name}",
+            getattr(scores, "dtype", type(scores).__name__),
+            "convert it, for example with `scores.float()`",
+            error=TypeError,
+        )
+        expect(
+            scores.shape == tensor.shape,
+            "importance",
+            f"return scores of shape {tuple(tensor.shape)} for {name}",
+            tuple(scores.shape),
+            "return one score per weight",
+        )
+        scores = local_part(scores, tensor)
         if scale != 1:
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / scale
         if keep is not None:
-            scores = _pruned_first(scores, own(keep, tensor))
+            scores = _pruned_first(scores, local_part(keep, tensor))
         return scores if protect is None else protect(scores)
 
     tensors = (tensor,) if keep is None else (tensor, keep)
-    if getattr(importance, "elementwise", False) and protect is None:
-        return Elementwise(score, *(own(each, tensor) for each in tensors))
+    if _declared(importance, "elementwise") and protect is None:
+        return Elementwise(score, *(local_part(each, tensor) for each in tensors))
     return partial(score, *tensors)
 
 
 def _pruned_first(scores: Tensor, keep: Tensor) -> Tensor:
-    # Pruned weights stay pruned: they go first, whatever their score. The smaller of the score and
-    # ±inf is what `where` says as well, in a fraction of its time on a CPU.
-    lowest = torch.finfo(scores.dtype).min  # of weights that are still there
+    # Pruned weights stay pruned: they come first, whatever their score. The minimum of score and
+    # ±inf gives the same as `where`, several times faster on a CPU.
+    lowest = torch.finfo(scores.dtype).min  # of weights that are not pruned
     keep = (keep != 0).to(scores.dtype)
     return torch.minimum(scores.clamp(min=lowest), (keep - 0.5) * math.inf)
 
 
-def gradients_of(
-    importance: Importance, found: Mapping[str, Tensor | None], names: Iterable[str]
-) -> dict[str, Tensor]:
-    """The gradients that an importance needs; none if it needs none.
+def check_evidence(evidence: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Check that all tensors to prune have evidence, of a matching shape.
 
     Raises:
-        ValueError: Naming the tensors that have none.
+        ValueError: Names the tensors.
     """
-    if not needs_gradients(importance):
-        return {}
-    gradients = {name: gradient for name in names if (gradient := found.get(name)) is not None}
-    missing = [name for name in names if name not in gradients]
-    if missing:
-        raise ValueError(
-            "`importance` needs the gradient of the loss for every tensor to prune, but there is "
-            f"none for {', '.join(missing)}; prune after `loss.backward()` before they are "
-            "set to None, or `exclude` what the loss does not depend on"
-        )
-    return gradients
+    missing = ", ".join(name for name in shapes if name not in evidence)
+    expect(
+        not missing,
+        "evidence",
+        "have an entry for each tensor to prune",
+        f"none for {missing}",
+        "`exclude` tensors that the loss does not depend on, or whose layer is not called; "
+        "gradients are read from `.grad`, so prune after `loss.backward()` and before "
+        "`zero_grad()`",
+    )
+    other = [
+        f"{tuple(evidence[name].shape)} for {name} {tuple(shape)}"
+        for name, shape in shapes.items()
+        if not _broadcasts(evidence[name].shape, shape)
+    ]
+    expect(
+        not other,
+        "evidence",
+        "have the shapes of the tensors to prune",
+        ", ".join(other),
+        "collect it from this model",
+    )
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) == len(to) and all(a in (1, b) for a, b in zip(shape, to, strict=True))
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN and infinite weights.
+    """Check that all weights are finite.
 
     Raises:
-        ValueError: Naming each such tensor.
+        ValueError: Names the tensors that are not.
     """
-    bad = [name for name, tensor in tensors.items() if not _finite(local(tensor.detach()))]
-    if bad:
-        raise ValueError(
-            "weights are expected to be finite when they are pruned, but NaN or infinity is in "
-            f"{', '.join(repr(name) for name in bad)}; nothing was changed: the training has "
-            "diverged, so lower the learning rate or clip gradients"
-        )
+    bad = [name for name, tensor in tensors.items() if not _finite(to_local(tensor.detach()))]
+    expect(
+        not bad,
+        "model",
+        "have finite weights",
+        f"NaN or infinity in {', '.join(bad)}",
+        "nothing was changed. Training has diverged: lower the learning rate or clip gradients",
+    )
 
 
 def _finite(tensor: Tensor) -> bool:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    # One pass without a temporary of the tensor's size: the extremes carry NaN and infinity along.
+    # One pass without a temporary of the tensor's size: NaN and infinity propagate to the extremes.
     return tensor.numel() == 0 or all(math.isfinite(x) for x in torch.aminmax(tensor))

@@ -14,7 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize, prune
 from torch.optim import Optimizer
 
-from pruneflow.distributed import is_sharded, local, place, reshard
+from pruneflow.distributed import distribute_like, is_sharded, reshard, to_local
+from pruneflow.errors import expect
 from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.optimizers import keeps_zeros, state_of
 from pruneflow.structure.parameters import NORMS, Places, Slot, check_kept, locate, ties
@@ -28,7 +29,7 @@ class Masking(Protocol):
         """The masks that are held now; empty before `attach` and after `remove`."""
 
     @property
-    def held(self) -> Mapping[str, Tensor]:
+    def raw_masks(self) -> Mapping[str, Tensor]:
         """The same without a copy, of whatever dtype they are held in, zero = pruned."""
 
     def check(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -86,10 +87,10 @@ class InPlace:
     @property
     def masks(self) -> MaskSet:
         """The masks that are held now."""
-        return MaskSet({name: bits.bool() for name, bits in self.held.items()})
+        return MaskSet({name: bits.bool() for name, bits in self.raw_masks.items()})
 
     @property
-    def held(self) -> Mapping[str, Tensor]:
+    def raw_masks(self) -> Mapping[str, Tensor]:
         """The same without a copy: int8, zero = pruned."""
         return {name: mask.bits for name, (_, mask) in self._held.items()}
 
@@ -364,10 +365,10 @@ class Reparametrize:
     @property
     def masks(self) -> MaskSet:
         """The masks that are held now."""
-        return MaskSet({name: mask.bool() for name, mask in self.held.items()})
+        return MaskSet({name: mask.bool() for name, mask in self.raw_masks.items()})
 
     @property
-    def held(self) -> Mapping[str, Tensor]:
+    def raw_masks(self) -> Mapping[str, Tensor]:
         """The same without a copy: `torch.nn.utils.prune`'s own buffers."""
         return {name: _mask(slot) for name, slot in self._slots.items()}
 
@@ -380,12 +381,13 @@ class Reparametrize:
         """
         slots = locate(model)
         refused = [f"{name} ({why})" for name in names if (why := _refusal(slots[name]))]
-        if refused:
-            raise ValueError(
-                "`masking` Reparametrize is expected to get tensors that torch.nn.utils.prune can "
-                f"hold, but cannot hold {', '.join(refused)}; use masking=InPlace(), or `exclude` "
-                "them"
-            )
+        expect(
+            not refused,
+            "masking",
+            "be able to hold every tensor to prune",
+            f"Reparametrize, which cannot hold {', '.join(refused)}",
+            "use masking=InPlace(), or `exclude` them",
+        )
 
     def attach(self, model: nn.Module, masks: MaskSet, optimizers: Sequence[Optimizer]) -> None:
         """Begin to hold `masks`, once the optimizers exist.
@@ -470,8 +472,8 @@ def clear(model: nn.Module, masks: MaskSet) -> bool:
     slots, moved = locate(model), False
     for name, mask in masks.items():
         if name in slots and slots[name].parameter.shape == mask.shape:
-            weight = local(slots[name].parameter.detach())
-            pruned = ~local(place(mask, slots[name].parameter))
+            weight = to_local(slots[name].parameter.detach())
+            pruned = ~to_local(distribute_like(mask, slots[name].parameter))
             moved |= bool((weight[pruned] != 0).any())
             weight.masked_fill_(pruned, 0)
     return moved
@@ -482,10 +484,10 @@ def clear(model: nn.Module, masks: MaskSet) -> bool:
 _HOLDERS: WeakSet[InPlace | Reparametrize] = WeakSet()
 
 
-def held_elsewhere(parameter: Tensor, masking: Masking) -> list[Tensor]:
+def masks_of_others(parameter: Tensor, masking: Masking) -> list[Tensor]:
     """The masks that others than `masking` hold on a parameter, zero = pruned."""
     others = [(each, each._names.get(id(parameter))) for each in _HOLDERS if each is not masking]
-    return [each.held[name] for each, name in others if name is not None]
+    return [each.raw_masks[name] for each, name in others if name is not None]
 
 
 _PIECE = 2**18  # weights
@@ -494,7 +496,7 @@ _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 
 def _clear(tensor: Tensor, bits: Tensor) -> None:
     """Zero a dense tensor where the bits are 0."""
-    tensor, bits = local(tensor), local(bits)
+    tensor, bits = to_local(tensor), to_local(bits)
     if bits.device != tensor.device:  # `model.to(device)` leaves the parameter the same
         bits.data = bits.to(tensor.device)
     if tensor.is_complex():

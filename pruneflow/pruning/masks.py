@@ -1,4 +1,4 @@
-"""MaskSet: which weights of which tensors stay."""
+"""MaskSet: the masks of a model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pruneflow.distributed import whole
+from pruneflow.distributed import gather_full
+from pruneflow.errors import expect
 
 
 class MaskSet(Mapping[str, Tensor]):
     """Masks by qualified name: bool tensors of the weights' shapes, True = keep.
 
-    Those of sharded weights are `DTensor`s, sharded alike; then every process has to ask for their
-    `pruned`, `sparsity` and `state`, and all get the same.
+    Masks of sharded weights are `DTensor`s with the same sharding. For these, `pruned`, `sparsity`
+    and `state` are collective: all processes must call them, and all get the same result.
 
     Args:
         masks: Qualified name -> mask.
@@ -36,12 +37,15 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(
-                    f"mask {name!r} is expected to be a bool tensor, True = keep, but {came} came; "
-                    "convert it, for example by `mask != 0`"
-                )
+            kind = getattr(mask, "dtype", type(mask).__name__)
+            expect(
+                isinstance(mask, Tensor) and mask.dtype == torch.bool,
+                "masks",
+                "be bool tensors, True = keep",
+                f"{kind} for {name}",
+                "convert it, for example with `mask != 0`",
+                error=TypeError,
+            )
         self._masks = dict(masks)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -54,77 +58,77 @@ class MaskSet(Mapping[str, Tensor]):
         return len(self._masks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).from_state, (self.state(),)  # eight times smaller on its way elsewhere
+        return type(self).from_state, (self.state(),)  # bit-packed: an eighth of the size
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} tensors, {self.pruned:,} of {self.weights:,} weights pruned)"
 
     @property
     def weights(self) -> int:
-        """Number of weights under the masks."""
+        """Number of weights, pruned or not."""
         return sum(mask.numel() for mask in self.values())
 
     @property
     def pruned(self) -> int:
         """Number of pruned weights."""
-        return self.weights - sum(int(whole(mask.sum())) for mask in self.values())
+        return self.weights - sum(int(gather_full(mask.sum())) for mask in self.values())
 
     @property
     def sparsity(self) -> float:
-        """Pruned fraction, in [0, 1]; 0.0 for no weights at all."""
+        """Fraction of the weights that is pruned, in [0, 1]; 0.0 without weights."""
         return self.pruned / self.weights if self.weights else 0.0
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse masks that do not fit these tensors.
+        """Check that the masks match these tensors.
 
         Raises:
-            ValueError: If a name is unknown, or shapes differ.
+            ValueError: If a name is unknown, or a mask has another shape than its tensor.
         """
+        remedy = "use masks of the same model"
         unknown = [name for name in self if name not in tensors]
-        if unknown:
-            raise ValueError(
-                f"masks are expected for tensors of this model, but it has no {unknown[0]!r}"
-                f"{and_more(unknown)}; masks of another model do not fit"
-            )
-        differing = [name for name in self if self[name].shape != tensors[name].shape]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"mask {name!r} is expected to have the shape {tuple(tensors[name].shape)} of its "
-                f"tensor, but has {tuple(self[name].shape)}{and_more(differing)}; "
-                "masks of another model do not fit"
-            )
+        got = f"{', '.join(unknown[:1])}{and_more(unknown)}"
+        expect(not unknown, "masks", "be of tensors in this model", got, remedy)
+        other = [
+            f"{tuple(self[name].shape)} for {name} {tuple(tensors[name].shape)}"
+            for name in self
+            if self[name].shape != tensors[name].shape
+        ]
+        got = f"{', '.join(other[:1])}{and_more(other)}"
+        expect(not other, "masks", "have the shapes of their tensors", got, remedy)
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """The masks bit-packed (one bit a weight), as builtins and tensors."""
+        """The masks, bit-packed (one bit per weight), as builtins and tensors."""
         return {
             name: {
                 "shape": list(mask.shape),
-                "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy().reshape(-1))),
+                "bits": torch.from_numpy(np.packbits(gather_full(mask).cpu().numpy().reshape(-1))),
             }
             for name, mask in self.items()
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Mapping[str, Any]]) -> MaskSet:
-        """Unpack what `state` packed.
+        """The masks of a `state`.
 
         Raises:
-            ValueError: If the bits of a mask are fewer or more than its shape takes.
+            ValueError: If the bits of a mask do not match its shape.
         """
         masks = {}
         for name, packed in state.items():
             count = math.prod(packed["shape"])
-            if len(packed["bits"]) != -(-count // 8):
-                raise ValueError(
-                    f"packed mask {name!r} of shape {packed['shape']} is expected to take "
-                    f"{-(-count // 8)} bytes, but {len(packed['bits'])} came; the file is damaged"
-                )
+            size, expected = len(packed["bits"]), -(-count // 8)
+            expect(
+                size == expected,
+                "state",
+                f"have {expected} bytes for {name} of shape {packed['shape']}",
+                f"{size} bytes",
+                "the file is damaged, so use another checkpoint",
+            )
             bits = np.unpackbits(packed["bits"].cpu().numpy(), count=count)
             masks[name] = torch.from_numpy(bits.astype(bool)).reshape(packed["shape"])
         return cls(masks)
 
 
 def and_more(names: Sequence[str]) -> str:
-    """How many names there are beside the first, in words."""
+    """How many names there are besides the first, such as " and 2 more"."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""

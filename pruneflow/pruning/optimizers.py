@@ -23,8 +23,10 @@ from torch.optim import (
     Rprop,
 )
 
-# Each does the same to any two weights of the same value, gradient and state, and a weight of +0.0
-# without gradient and state stays +0.0. Not so their subclasses, for all that is known.
+from pruneflow.errors import expect
+
+# Each treats weights of the same value, gradient and state alike, and keeps a weight at +0.0 whose
+# gradient and state are zero. Subclasses may do anything.
 _ELEMENTWISE = frozenset(
     {SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, ASGD, Rprop}
 )
@@ -38,11 +40,15 @@ def check_optimizer_state(policy: str) -> None:
     Raises:
         ValueError: Naming `optimizer_state`.
     """
-    if policy not in get_args(OptimizerState):
-        raise ValueError(
-            "`optimizer_state` is expected to be 'keep', 'zero_pruned' or 'reset', but "
-            f"{policy!r} came"
-        )
+    policies = get_args(OptimizerState)
+    remedy = "'zero_pruned' is the default"
+    expect(
+        policy in policies,
+        "optimizer_state",
+        f"be one of {', '.join(map(repr, policies))}",
+        repr(policy),
+        remedy,
+    )
 
 
 def plain_optimizers(optimizers: Sequence[Any]) -> list[Optimizer]:
@@ -51,10 +57,14 @@ def plain_optimizers(optimizers: Sequence[Any]) -> list[Optimizer]:
     Raises:
         TypeError: If one neither is nor wraps an optimizer of PyTorch, whose steps can be followed.
     """
-    if not isinstance(optimizers, Sequence):
-        raise TypeError(
-            f"`optimizers` is expected to be a list of optimizers, but {optimizers!r} came"
-        )
+    expect(
+        isinstance(optimizers, Sequence),
+        "optimizers",
+        "be a list of optimizers",
+        optimizers,
+        "put it in brackets",
+        error=TypeError,
+    )
     return [_plain(optimizer) for optimizer in optimizers]
 
 
@@ -66,9 +76,8 @@ def _plain(optimizer: Any) -> Optimizer:
         seen.append(inner)
         if inner is None:
             raise TypeError(
-                "`optimizers` is expected to be a list of PyTorch's optimizers, or of wrappers "
-                f"around them, but {optimizer!r} came, whose steps cannot be followed; give the "
-                "optimizer that it wraps"
+                "`optimizers` must be PyTorch's optimizers or wrappers around them, got "
+                f"{optimizer!r}, which has no step hooks; give the optimizer that it wraps"
             )
     found: Optimizer = inner
     return found
@@ -96,7 +105,7 @@ def state_of(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def settle_optimizer_state(
+def mask_optimizer_state(
     policy: OptimizerState, optimizers: Sequence[Optimizer], masks: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
     """Settle, after a prune, what optimizers remember: momentum, moments, steps.
@@ -116,7 +125,7 @@ def settle_optimizer_state(
         >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
         >>> weight.sum().backward(); optimizer.step()
         >>> mask = torch.tensor([True, False])
-        >>> settle_optimizer_state("zero_pruned", [optimizer], [(weight, mask)])
+        >>> mask_optimizer_state("zero_pruned", [optimizer], [(weight, mask)])
         >>> optimizer.state[weight]["momentum_buffer"]
         tensor([1., 0.])
     """
@@ -133,7 +142,7 @@ def settle_optimizer_state(
                         value.masked_fill_(~mask, 0)
 
 
-def check_held(
+def check_optimized(
     parameters: Mapping[str, nn.Parameter],
     optimizers: Sequence[Optimizer],
     leaving_out: Callable[[Sequence[str]], Sequence[str]],
@@ -151,25 +160,26 @@ def check_held(
     """
     for optimizer in optimizers:
         # By name: torch has it only where torch.distributed was built.
-        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-            raise ValueError(
-                "`optimizers` are expected to update every tensor to prune in each process, but "
-                "ZeroRedundancyOptimizer updates a share of them; use the plain optimizer, or "
-                "shard the parameters with `fully_shard`"
-            )
-    held = {
+        expect(
+            type(optimizer).__name__ != "ZeroRedundancyOptimizer",
+            "optimizers",
+            "update every tensor to prune in each process",
+            "ZeroRedundancyOptimizer, which updates some of them",
+            "use the plain optimizer, or shard the parameters with `fully_shard`",
+        )
+    optimized = {
         id(parameter)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in held]
+    missing = [n for n, p in parameters.items() if p.requires_grad and id(p) not in optimized]
     if missing:
         exclude = leaving_out(missing)
-        along = f"{', '.join(exclude)}, as channels go with all that holds or reads them"
-        them = "them" if exclude == missing else along
+        coupled = f"{', '.join(exclude)}, whose channels these tensors hold or read"
+        them = "them" if exclude == missing else coupled
         raise ValueError(
-            f"`optimizers` are expected to hold every tensor to prune, but none holds "
+            f"`optimizers` must hold every tensor to prune, got none that holds "
             f"{', '.join(missing)}; add them to an optimizer, freeze them (`requires_grad=False`), "
             f"or `exclude` {them}"
         )

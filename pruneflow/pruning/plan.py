@@ -1,15 +1,15 @@
-"""When: a schedule laid on the training clock, before the training starts."""
+"""Plans: when the rounds of a schedule happen in a training."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from pruneflow.errors import expect
 from pruneflow.pruning.schedules import (
     ScheduleLike,
-    check_fraction,
-    plain_number,
+    pruned_count,
     sparsity_per_round,
     whole_number,
 )
@@ -17,15 +17,15 @@ from pruneflow.pruning.schedules import (
 
 @dataclass(frozen=True)
 class Clock:
-    """When rounds happen: the first at the start of epoch (or step) `start`, then every `every`.
+    """The times of rounds: at the start of epoch (or step) `start`, and of every `every` after it.
 
     Args:
-        start: Zero-based epoch or optimizer step at whose start round 1 prunes.
+        start: Epoch or optimizer step, counted from 0, at the start of which round 1 prunes.
         every: Epochs or steps per round.
-        unit: `"epoch"`, or `"step"` as Lightning's `global_step` counts.
+        unit: `"epoch"`, or `"step"` as in Lightning's `global_step`.
 
     Raises:
-        ValueError: If `start` is negative or `every` is not at least 1.
+        ValueError: If `start` is negative, or `every` is less than 1.
     """
 
     start: int = 0
@@ -36,12 +36,14 @@ class Clock:
         for name, least in (("start", 0), ("every", 1)):
             value = getattr(self, name)
             number = whole_number(value)
-            if number is None or number < least:
-                argument = f"start_{self.unit}" if name == "start" else f"{self.unit}s_per_round"
-                raise ValueError(
-                    f"`{argument}` is expected to be a whole number of at least {least}, "
-                    f"but {value!r} came; {self.unit}s are counted from 0"
-                )
+            argument = f"start_{self.unit}" if name == "start" else f"{self.unit}s_per_round"
+            expect(
+                number is not None and number >= least,
+                argument,
+                f"be a whole number of at least {least}",
+                repr(value),
+                f"{self.unit}s are counted from 0",
+            )
             object.__setattr__(self, name, number)
 
     @classmethod
@@ -51,26 +53,70 @@ class Clock:
         epochs_per_round: int | None,
         start_step: int | None,
         steps_per_round: int | None,
+        clock: Clock | None = None,
     ) -> Clock:
-        """The clock that counts epochs or steps, whichever pair is given; epochs from 0 if none.
+        """The clock for these arguments: epochs, steps or `clock`; every epoch if none is given.
 
         Raises:
-            ValueError: If epochs and steps are given together, or are out of range.
+            TypeError: If `clock` is not a clock.
+            ValueError: If they contradict or are out of range.
         """
-        by_step = start_step is not None or steps_per_round is not None
-        if by_step and (start_epoch is not None or epochs_per_round is not None):
-            raise ValueError(
-                "`start_epoch`/`epochs_per_round` and `start_step`/`steps_per_round` are expected "
-                "one pair at a time, but both came; count either epochs or steps"
+        if clock is not None:
+            is_clock, remedy = isinstance(clock, Clock), "try Epochs(10, every=5)"
+            expect(is_clock, "clock", "be a clock", repr(clock), remedy, error=TypeError)
+            expect(
+                {start_epoch, epochs_per_round, start_step, steps_per_round} == {None},
+                "clock",
+                "be given alone",
+                f"{clock} with `start_epoch`, `epochs_per_round`, `start_step` or "
+                "`steps_per_round`",
+                "leave those out",
             )
+            return clock
+        by_epoch = start_epoch is not None or epochs_per_round is not None
+        by_step = start_step is not None or steps_per_round is not None
+        expect(
+            not (by_epoch and by_step),
+            "start_step` and `steps_per_round",
+            "be left out with `start_epoch` or `epochs_per_round`",
+            "both",
+            "count either epochs or steps",
+        )
         start, every = start_epoch, epochs_per_round
         if by_step:
             start, every = start_step, steps_per_round
-        return cls(
-            0 if start is None else start,
-            1 if every is None else every,
-            "step" if by_step else "epoch",
-        )
+        kind = Steps if by_step else Epochs
+        return kind(0 if start is None else start, every=1 if every is None else every)
+
+
+def Epochs(start: int = 0, *, every: int = 1) -> Clock:  # noqa: N802  # named like a class
+    """A clock in epochs: prune at the start of epoch `start`, counted from 0, and of every `every`.
+
+    Example:
+        >>> Epochs(10, every=5)
+        Clock(start=10, every=5, unit='epoch')
+    """
+    return Clock(start, every, "epoch")
+
+
+def Steps(start: int = 0, *, every: int = 1) -> Clock:  # noqa: N802
+    """A clock in optimizer steps, as in Lightning's `global_step`; see `Epochs`.
+
+    Example:
+        >>> Steps(1000, every=100)
+        Clock(start=1000, every=100, unit='step')
+    """
+    return Clock(start, every, "step")
+
+
+class Controller(Protocol):
+    """Decides when a round runs."""
+
+    def next(self, position: float, done: int) -> Round | None:
+        """The round to run at the start of epoch or step `position`, after `done` rounds, if any.
+
+        If several are due, it is the last of them, which reaches the sparsity of all.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,9 +125,9 @@ class Round:
 
     Args:
         number: The round, counted from 1.
-        at: The zero-based epoch or step at whose start it prunes.
-        sparsity: Cumulative sparsity after it, in [0, 1); None when not known ahead.
-        amount: Fraction of the remaining weights that it removes; None when not known ahead.
+        at: The epoch or step, counted from 0, at the start of which it prunes.
+        sparsity: Cumulative sparsity after it, in [0, 1); None if not known in advance.
+        amount: Fraction of the remaining weights that it removes; None if not known in advance.
     """
 
     number: int
@@ -92,12 +138,12 @@ class Round:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rounds of one training, laid on its clock.
+    """The rounds of a training, and when they happen.
 
     Args:
         rounds: The rounds, in order.
         unit: `"epoch"` or `"step"`.
-        length: Epochs or steps of the whole training; None when it has no end.
+        length: Epochs or steps of the whole training; None if it has no end.
 
     Example:
         >>> from pruneflow import Compounding
@@ -118,36 +164,21 @@ class Plan:
     length: int | None
 
     @classmethod
-    def lay(
-        cls, schedule: ScheduleLike | int | None, clock: Clock = Clock(), length: int | None = None
-    ) -> Plan:
-        """Lay a schedule on a clock within a training of `length` epochs or steps.
+    def lay(cls, schedule: ScheduleLike, clock: Clock = Clock(), length: int | None = None) -> Plan:
+        """Plan a schedule on a clock in a training of `length` epochs or steps.
 
         Args:
-            schedule: A schedule; or the number of rounds where a method keeps its own amount and
-                sparsity is not known ahead. A plain callable gets as many rounds as fit, and None
-                is no rounds at all.
+            schedule: A schedule, or a number of rounds for a method that keeps its own amount. A
+                plain function gets as many rounds as fit; None is no rounds.
             clock: When the rounds happen.
-            length: Epochs or steps of the training; None when it has no end.
+            length: Epochs or steps of the training; None if it has no end.
 
         Raises:
-            ValueError: If the last round would not be followed by at least one epoch or step.
+            ValueError: If no epoch or step would follow the last round.
         """
-        schedule = plain_number(schedule)
-        fitting = None if length is None else max(1, -(-(length - clock.start) // clock.every))
-        sparsities: tuple[float | None, ...]
-        if schedule is None:
-            sparsities = ()
-        elif isinstance(schedule, int):
-            if schedule < 1:
-                raise ValueError(
-                    f"`schedule`, as a number of rounds, is expected to be at least 1, but "
-                    f"{schedule!r} came"
-                )
-            sparsities = (None,) * schedule
-        else:
-            # Of a plain callable that does not fit at all, one round, to be refused below.
-            sparsities = sparsity_per_round(schedule, fitting)
+        # At least one round of a plain function, so that one that does not fit is refused below.
+        most = None if length is None else max(1, -(-(length - clock.start) // clock.every))
+        sparsities = sparsity_per_round(schedule, most)
         rounds = []
         before: float | None = 0.0
         for number, sparsity in enumerate(sparsities, start=1):
@@ -160,37 +191,47 @@ class Plan:
         if length is not None and rounds and rounds[-1].at >= length:
             last = rounds[-1]
             raise ValueError(
-                f"The plan is expected to fit the training (`max_{clock.unit}s`={length}), but its "
-                f"last round, {last.number}, would prune at the start of {clock.unit} {last.at} "
-                f"(`start_{clock.unit}`={clock.start}, `{clock.unit}s_per_round`={clock.every}); "
-                f"raise `max_{clock.unit}s` to {last.at + clock.every}, or take fewer rounds or "
-                f"fewer {clock.unit}s a round"
+                f"`schedule` must fit in the training (`max_{clock.unit}s`={length}), got a plan "
+                f"whose last round, {last.number}, would prune at the start of {clock.unit} "
+                f"{last.at} (`start_{clock.unit}`={clock.start}, `{clock.unit}s_per_round`="
+                f"{clock.every}); raise `max_{clock.unit}s` to {last.at + clock.every}, or use "
+                f"fewer rounds or fewer {clock.unit}s per round"
             )
         return cls(tuple(rounds), clock.unit, length)
 
-    def due(self, position: int) -> int:
-        """Number of rounds that have to be done once epoch or step `position` starts."""
+    def due(self, position: float) -> int:
+        """Number of rounds due by the start of epoch or step `position`."""
         return bisect_right(self.rounds, position, key=lambda planned: planned.at)
 
+    def next(self, position: float, done: int) -> Round | None:
+        """The round to run at the start of epoch or step `position`; see `Controller`."""
+        due = self.due(position)
+        return self.rounds[due - 1] if due > done else None
+
     def check_start(self, present: float) -> None:
-        """Refuse to start from a sparsity that a round does not reach.
+        """Check that no round is below the present sparsity of the model.
 
         Raises:
-            ValueError: Naming the round.
+            ValueError: Names the round.
         """
-        for planned in self.rounds:
-            if planned.sparsity is not None and planned.sparsity < present:
-                raise ValueError(
-                    f"`schedule` is expected to start from the sparsity {present:.6g} that the "
-                    f"model has already, but round {planned.number} asks for {planned.sparsity:.6g}"
-                    "; pruned weights stay pruned, so let the first round ask for more"
-                )
+        below = [
+            f"{planned.sparsity:.6g} in round {planned.number}"
+            for planned in self.rounds
+            if planned.sparsity is not None and planned.sparsity < present
+        ]
+        expect(
+            not below,
+            "schedule",
+            f"start at or above the present sparsity of the model, {present:.6g}",
+            ", ".join(below),
+            "pruned weights stay pruned, so raise the sparsity of the first round",
+        )
 
     def table(self, weights: int | None) -> str:
-        """Print the plan for a model with `weights` prunable weights.
+        """The plan as a table.
 
         Args:
-            weights: How many there are; None where not weights are counted, but what they cost.
+            weights: Number of prunable weights; None if targets count costs.
         """
         header = ["round", f"at {self.unit}", "amount of the remaining", "sparsity", "weights kept"]
         rows = [["0", "0", "-", _percent(0.0), f"{weights or 0:,}"]]
@@ -208,7 +249,7 @@ class Plan:
             for row in (header, *rows)
         ]
         if any(planned.sparsity is None for planned in self.rounds):
-            lines.append("The sparsity is not known ahead: the method keeps its own amount.")
+            lines.append("The sparsity is not known in advance: the method keeps its own amount.")
         if self.rounds and self.length is not None:
             left = self.length - self.rounds[-1].at
             units = self.unit if left == 1 else f"{self.unit}s"
@@ -217,29 +258,8 @@ class Plan:
         return "\n".join(lines)
 
     def state(self) -> dict[str, Any]:
-        """Schedule and clock as builtins, to be stored and compared on resume."""
+        """Schedule and clock as builtins, which are stored and compared on resume."""
         return {"unit": self.unit, "rounds": [[r.at, r.sparsity] for r in self.rounds]}
-
-
-def has_rounds(schedule: ScheduleLike | int | None) -> bool:
-    """Whether a schedule says how many rounds there are; a plain function gets as many as fit."""
-    return not callable(schedule) or hasattr(schedule, "rounds")
-
-
-def pruned_count(sparsity: float, weights: int) -> int:
-    """How many of `weights` are pruned at a cumulative sparsity: always from the dense count.
-
-    Counting from the dense total, never from what remains, keeps rounding from adding up over
-    rounds.
-
-    Raises:
-        ValueError: If `sparsity` is no number in [0, 1).
-
-    Example:
-        >>> pruned_count(0.98, 1001)
-        981
-    """
-    return round(check_fraction("sparsity", sparsity) * weights)
 
 
 def _percent(fraction: float | None) -> str:

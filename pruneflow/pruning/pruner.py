@@ -1,42 +1,42 @@
-"""One round: parameters -> importance -> masks -> masking. No Lightning here."""
+"""The Pruner: parameters -> importance -> masks -> masking, in plain PyTorch."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pruneflow.distributed import check_placements, decide, local, place, reshard, whole
-from pruneflow.pruning.distribution import Scope, resolve_scope
+from pruneflow.distributed import (
+    check_placements,
+    decide,
+    distribute_like,
+    gather_full,
+    reshard,
+    to_local,
+)
+from pruneflow.errors import expect
+from pruneflow.pruning.distribution import Scope
+from pruneflow.pruning.evidence import default_evidence
 from pruneflow.pruning.granularity import Granularity
-from pruneflow.pruning.granularity.blocks import Block
-from pruneflow.pruning.granularity.channels import Channels, CoupledChannels
-from pruneflow.pruning.granularity.nm import NM
-from pruneflow.pruning.importance import Importance, magnitude
-from pruneflow.pruning.masking import InPlace, Masking, held_elsewhere
+from pruneflow.pruning.importance import Context, Importance, check_evidence, magnitude
+from pruneflow.pruning.masking import InPlace, Masking, masks_of_others
 from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.optimizers import (
     OptimizerState,
-    check_held,
+    check_optimized,
     check_optimizer_state,
+    mask_optimizer_state,
     plain_optimizers,
-    settle_optimizer_state,
 )
-from pruneflow.pruning.selection import check_costs, check_units, compute_masks
-from pruneflow.pruning.torch_methods import (
-    TorchMethod,
-    check_alone,
-    check_scope,
-    is_torch_method,
-    keeps_own_amount,
-    torch_masks,
-)
+from pruneflow.pruning.selection import MaskRule
+from pruneflow.pruning.torch_methods import TorchMethod, rule_for
 from pruneflow.structure.computed import check_computed, check_zeros_stay
+from pruneflow.structure.costs import CostFunction, Costs
 from pruneflow.structure.parameters import (
     Pattern,
     Slot,
@@ -47,42 +47,49 @@ from pruneflow.structure.parameters import (
     ties,
     unwrap,
 )
+from pruneflow.structure.running import Example
 
 
 class Pruner:
-    """Prune a model in any training loop, and hold the zeros through `optimizer.step()`.
+    """Prune a model in any training loop, and keep pruned weights at zero during training.
 
-    Where several processes train the model, each of them makes a Pruner and calls it alike; all
-    get the same masks.
+    In distributed training, create a Pruner and call it in each process; all get the same masks.
 
     Args:
-        model: The model; also in `DistributedDataParallel`, or sharded by `fully_shard`.
-        importance: Scores, higher = keep: `magnitude`, `taylor` (after `loss.backward()`),
-            `Random(seed)`, `Given(scores)` or any function `(name, tensor, context) -> scores`; or
-            a `BasePruningMethod` of `torch.nn.utils.prune`, as class (driven by `prune_to`) or
-            instance (keeps its own amount: `prune`).
-        granularity: What is removed together: `NM(2, 4)`, `Block(1, 16)` or whole
-            `Channels(example_input)`; None for each weight by itself.
+        model: The model; may be wrapped in `DistributedDataParallel`, or sharded by `fully_shard`.
+        importance: Scores of the weights, of which the highest are kept: `magnitude`, `taylor`
+            (after `loss.backward()`), `Random(seed)`, another importance of this package, or any
+            function `(name, tensor, context) -> scores`; or a `BasePruningMethod` of
+            `torch.nn.utils.prune`: a class for `prune_to`, or an instance, which keeps its own
+            amount, for `prune`.
+        granularity: What is removed together: `Weights()` (the default), `NM(2, 4)`,
+            `Block(1, 16)` or `Channels(example_input)`.
         costs: Qualified name -> cost of each weight of that tensor, such as
-            `multiply_adds(model, example_input)`; then targets are fractions of all costs.
-        scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
-        include: What to prune; None for what is prunable by default. See `parameters.select`.
-        exclude: What to leave out.
-        optimizers: The optimizers of the training. `[]` says that there is none; None warns,
-            since the zeros do not hold through a training whose optimizers are not known.
-        masking: How masks are held; `InPlace()` unless given.
-        optimizer_state: What happens to momentum and the like after each prune: `"zero_pruned"`
-            zeroes it where weights are pruned, `"reset"` forgets all of it, `"keep"` leaves it.
+            `multiply_adds(model, example_input)`; targets are then fractions of the total cost.
+        scope: Which tensors compete with each other: `"global"`, `"layer"`, another distribution of
+            this package, by its name or itself, or group name -> globs.
+        include: Patterns of the tensors to prune; None for the default ones. See
+            `parameters.select`.
+        exclude: Patterns of tensors not to prune.
+        optimizers: The optimizers used in training; `[]` for none. None warns, as pruned weights
+            do not stay zero with an optimizer that the Pruner does not know.
+        masking: How masks are held; `InPlace()` by default.
+        optimizer_state: What to do with optimizer state, such as momentum, after each round:
+            `"zero_pruned"` sets that of pruned weights to zero, `"reset"` clears all of it, and
+            `"keep"` does not change it.
+        rule: The mask rule, instead of `importance`, `granularity`, `costs` and `scope`.
+        example_input: An input batch, for `Channels()` and if `costs` is a function.
 
     Raises:
-        ValueError: If a pattern or the scope does not fit the model, a tensor to prune is in none
-            of the optimizers, shares memory with another, is computed anew by `forward` or under
-            `torch.nn.utils.prune`, or `optimizer_state` is unknown.
-        TypeError: If an argument is no such thing at all, such as a class for an object.
+        ValueError: If a pattern or the scope does not match the model, `optimizer_state` is
+            unknown, or a tensor to prune is in none of the optimizers, shares memory with another,
+            is recomputed in `forward`, or is masked by `torch.nn.utils.prune`.
+        TypeError: If an argument has the wrong type, such as a class instead of an instance.
 
     Warns:
         UserWarning: If `optimizers` is None; if more than a tenth of all parameters stays dense
-            that neither `include` nor `exclude` speaks of; and when nothing is left of a tensor.
+            without being mentioned in `include` or `exclude`; and if all weights of a tensor are
+            pruned.
 
     Example:
         >>> import torch
@@ -103,75 +110,84 @@ class Pruner:
         *,
         importance: Importance | TorchMethod = magnitude,
         granularity: Granularity | None = None,
-        costs: Mapping[str, float] | None = None,
+        costs: CostFunction | Mapping[str, float] | None = None,
         scope: Scope = "global",
         include: Sequence[Pattern] | None = None,
         exclude: Sequence[Pattern] = (),
         optimizers: Sequence[Optimizer] | None = None,
         masking: Masking | None = None,
         optimizer_state: OptimizerState = "zero_pruned",
+        rule: MaskRule | None = None,
+        example_input: Example | None = None,
     ) -> None:
+        is_module, remedy = isinstance(model, nn.Module), "give the model itself"
+        expect(is_module, "model", "be an nn.Module", model, remedy, error=TypeError)
+        expect(
+            masking is None or (hasattr(masking, "attach") and not isinstance(masking, type)),
+            "masking",
+            "be an instance of a masking",
+            repr(masking),
+            "try InPlace()",
+            error=TypeError,
+        )
         check_optimizer_state(optimizer_state)
-        check_kinds(model, importance, granularity, costs, masking)
+        self.rule = rule or rule_for(importance, scope, granularity, costs)
         plain = plain_optimizers(optimizers or ())
         self.model = unwrap(model)
         reshard(self.model)
-        self.importance = importance
-        self.scope = scope
         self.masking: Masking = InPlace() if masking is None else masking
         self.optimizer_state = optimizer_state
+        self._example = example_input
         if include is None:
             check_computed(self.model, exclude)
         selection = select(self.model, include, exclude)
         self.frozen = tuple(selection.frozen)
-        if not selection.slots:
-            raise ValueError(
-                "`model` is expected to have trainable weights to prune, but all are frozen "
-                f"({', '.join(self.frozen)}); set `requires_grad=True` on what is to be pruned"
-            )
-        held = [name for name, slot in selection.slots.items() if slot.reparametrized]
-        if held:
-            raise ValueError(
-                f"`model` is expected to be plain, but torch.nn.utils.prune holds {', '.join(held)}"
-                "; call `fold_model(model)` first, and go on with its zeros (`from_zeros=True`, or "
-                "`Pruner.hold_zeros()`)"
-            )
+        expect(
+            bool(selection.slots),
+            "model",
+            "have trainable weights to prune",
+            f"frozen ones only ({', '.join(self.frozen)})",
+            "set `requires_grad=True` for the weights to prune",
+        )
+        masked = [name for name, slot in selection.slots.items() if slot.reparametrized]
+        expect(
+            not masked,
+            "model",
+            "have plain parameters",
+            f"masks of torch.nn.utils.prune on {', '.join(masked)}",
+            "call `fold_model(model)` first, then hold its zeros with `from_zeros=True` or "
+            "`Pruner.hold_zeros()`",
+        )
         check_zeros_stay(selection.slots)
         selection.warn_overlooked()
         self.selection = selection
         self._names = tuple(selection.slots)
-        resolve_scope(scope, self._names)
-        self.granularity, self.costs = granularity, costs
-        self._couple()
+        self._bind()
         self.masking.check(self.model, self._parameters)
         check_placements(self._parameters)
-        check_units(self._parameters, self._units, scope)
-        self.check(0.0)
-        if is_torch_method(importance):
-            check_scope(importance, scope)
-            check_alone(importance, self._parameters, granularity, costs)
+        self.check(None)
         if optimizers is None:
             warnings.warn(
-                "`optimizers` was not given to Pruner, so pruned weights will not stay zero "
-                "through training; give the list of your optimizers, or [] if there is no training",
+                "`optimizers` was not given to Pruner, so pruned weights will not stay zero during "
+                "training; give a list of your optimizers, or [] if you do not train",
                 stacklevel=2,
             )
         elif plain:
-            self._check_held(self._parameters, plain)
+            self._check_optimized(self._parameters, plain)
         self._optimizers = plain
         self._attached = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_attached": False}  # a copy holds nothing, as its masking
+        return vars(self) | {"_attached": False}  # as the masking of a copy
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Qualified names of the tensors to prune, and of those that lose entries with them."""
+        """Qualified names of the tensors to prune, and of others that lose entries with them."""
         return tuple(self._parameters)
 
     @property
-    def scored(self) -> tuple[str, ...]:
-        """Qualified names of the tensors to prune alone: what targets count."""
+    def weight_names(self) -> tuple[str, ...]:
+        """Qualified names of the tensors to prune only, which targets count."""
         return self._names
 
     @property
@@ -180,53 +196,69 @@ class Pruner:
         return sum(self._parameters[name].numel() for name in self._names)
 
     @property
+    def importance(self) -> Importance | TorchMethod:
+        """The importance of the rule; may be set between rounds."""
+        importance: Importance | TorchMethod = self.rule.importance
+        return importance
+
+    @importance.setter
+    def importance(self, importance: Importance | TorchMethod) -> None:
+        self.rule = replace(self.rule, importance=importance)  # type: ignore[type-var]
+
+    @property
+    def costs(self) -> Costs | None:
+        """Qualified name -> cost of each weight; None if targets count weights."""
+        return None if callable(self.rule.costs) else self.rule.costs
+
+    @property
     def removed(self) -> float:
-        """Fraction of the prunable weights, or of their costs, that is pruned now."""
-        price = check_costs(self.costs, self._names)
-        gone = {name: MaskSet({name: mask}).pruned for name, mask in self.weight_masks.items()}
-        total = sum(price[name] * self._parameters[name].numel() for name in self._names)
-        return sum(price[name] * count for name, count in gone.items()) / total if total else 0.0
+        """Pruned fraction of the weights or costs that targets count."""
+        return self.rule.pruned_fraction(self.weight_masks, self._weights)
 
     @property
     def unfrozen(self) -> tuple[str, ...]:
-        """Names of the frozen tensors that are trained by now, and that the next round takes in."""
+        """Names of formerly frozen tensors that are trainable now; the next round includes them."""
         slots = locate(self.model)
         return tuple(name for name in self.frozen if slots[name].parameter.requires_grad)
 
     @property
     def masks(self) -> MaskSet:
-        """The masks that are held now; empty before the first prune and after `remove`."""
+        """The present masks; empty before the first round and after `remove`."""
         return self.masking.masks
 
     @property
     def weight_masks(self) -> MaskSet:
-        """The masks of the tensors to prune alone."""
+        """The present masks of the tensors to prune only."""
         return MaskSet({name: mask for name, mask in self.masks.items() if name in self._names})
 
-    def check(self, sparsity: float | None) -> None:
-        """Refuse a target that the granularity cannot reach, before anything is trained.
+    def check(self, target: float | None) -> None:
+        """Check, before training, that the rule can prune the tensors to a target.
 
         Args:
-            sparsity: The target; None where it is not known ahead.
+            target: The final sparsity; None if it is not known in advance.
 
         Raises:
-            ValueError: If it is more than can be.
+            ValueError: If the target cannot be reached, or the rule cannot prune the tensors.
         """
-        price = check_costs(self.costs, self._names)
-        if isinstance(self._units, NM):
-            self._units.check({n: self._parameters[n].shape for n in self._names}, sparsity or 0.0)
-        elif isinstance(self._units, CoupledChannels):
-            self._units.check(price, sparsity or 0.0)
+        self.rule.check(self._weights, target)
+
+    def check_evidence(self, evidence: Mapping[str, Tensor]) -> None:
+        """Check that all tensors to prune have evidence.
+
+        Raises:
+            ValueError: Names the tensors without evidence.
+        """
+        check_evidence(evidence, {name: p.shape for name, p in self._weights.items()})
 
     def writers(self, name: str) -> tuple[str, ...]:
-        """Names of the tensors to prune whose channels take entries of this tensor with them."""
-        return self._units.writers(name) if isinstance(self._units, CoupledChannels) else ()
+        """Names of the tensors to prune with which the tensor `name` loses entries."""
+        return self.rule.writers(name)
 
-    def admit(self, pruned: Collection[str] = ()) -> None:
-        """Take in, of the tensors that were frozen, those that are trained by now.
+    def include_unfrozen(self, pruned: Collection[str] = ()) -> None:
+        """Include formerly frozen tensors that are trainable now.
 
         Args:
-            pruned: Names of those to take in though still frozen, as they have been pruned before.
+            pruned: Names of tensors to include even if they are frozen, as they were pruned before.
 
         Raises:
             ValueError: If one is in none of the optimizers, or in no group of the scope.
@@ -240,23 +272,21 @@ class Pruner:
             self.remove()
         self.frozen = tuple(name for name in self.frozen if name not in new)
         self._names = tuple(name for name in slots if name in new or name in self._names)
-        resolve_scope(self.scope, self._names)
-        self._couple()
+        self._bind()
+        self.check(None)
         new = set(self._parameters) - before
         self.masking.check(self.model, new)
         if self._optimizers:
-            self._check_held(new, self._optimizers)
+            self._check_optimized(new, self._optimizers)
         if masks:
             dense = {n: torch.ones_like(self._parameters[n], dtype=torch.bool) for n in new}
             self.hold(MaskSet(masks | dense))
 
-    def follow(self, optimizers: Sequence[Optimizer]) -> None:
-        """Hold the zeros through these optimizers from now on, if the training has made new ones.
-
-        Parameters that have been replaced in the model since are held instead of the old ones.
+    def set_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Use other optimizers from now on, and the parameters that the model has now.
 
         Raises:
-            ValueError: If a tensor to prune is in none of them, or has another shape now.
+            ValueError: If a tensor to prune is in none of them, or its shape has changed.
         """
         plain = plain_optimizers(optimizers)
         if list(map(id, plain)) == list(map(id, self._optimizers)):
@@ -274,69 +304,59 @@ class Pruner:
         sparsity: float,
         *,
         round: int = 1,
+        evidence: Mapping[str, Tensor] | None = None,
         gradients: Mapping[str, Tensor | None] | None = None,
     ) -> MaskSet:
-        """Prune to a cumulative sparsity. Doing it again changes nothing.
+        """Prune to a cumulative sparsity. Repeating a call changes nothing.
 
         Args:
-            sparsity: Cumulative fraction of the prunable weights to prune, or of their `costs`, in
+            sparsity: Cumulative fraction of the prunable weights, or of their `costs`, to prune, in
                 [0, 1).
-            round: The round, for importances that depend on it (random ones).
-            gradients: Qualified name -> gradient of the loss, for importances that need them; None
-                for those that the last `backward()` has left in `.grad`.
+            round: The round, for importances that depend on it, such as `Random`.
+            evidence: Qualified name -> evidence for the importance, such as
+                `input_norms(model, batches, loss)`; None for the gradients in `.grad`, left by the
+                last `backward()`.
+            gradients: The former name of `evidence`.
 
         Returns:
-            The masks that are now held.
+            The new masks.
 
         Raises:
-            ValueError: If `sparsity` is out of range or below the present one, or weights are not
-                finite, or gradients are needed that are not there; then nothing is changed.
+            ValueError: If `sparsity` is out of range or below the present one, weights are not
+                finite, or evidence is missing; the model is not changed then.
         """
-        self._refresh()
-        if gradients is None:
-            gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
-        if not is_torch_method(self.importance):
-            compute = partial(
-                compute_masks,
-                {name: self._parameters[name] for name in self._names},
-                sparsity,
-                importance=self.importance,
-                granularity=self._units,
-                costs=self.costs,
-                scope=self.scope,
-                masks=self._before(),
-                round=round,
-                gradients=gradients,
-            )
-            return self._prune(compute)
-        if keeps_own_amount(self.importance):
-            raise ValueError(
-                f"`sparsity` cannot be asked of {self.importance!r}, which keeps its own amount; "
-                "call `prune()`, or give the class instead of an instance"
-            )
-        return self._run_torch_method(self.importance, sparsity)
+        expect(
+            self.rule.takes_target,
+            "importance",
+            "not keep its own amount for `prune_to`",
+            self.rule.importance,
+            "call `prune()`, or give the class instead of the instance",
+        )
+        if evidence is None and gradients is not None:
+            evidence = {name: each for name, each in gradients.items() if each is not None}
+        return self._run(sparsity, round, evidence)
 
     def prune(self) -> MaskSet:
-        """Run one round of a torch pruning method that keeps its own amount.
+        """Run one round of a method of `torch.nn.utils.prune` that keeps its own amount.
 
         Raises:
-            ValueError: If the importance does not keep its own amount.
+            ValueError: If the importance has no amount of its own.
         """
-        if not is_torch_method(self.importance) or not keeps_own_amount(self.importance):
-            raise ValueError(
-                "`importance` is expected to keep its own amount, such as L1Unstructured(0.2), "
-                f"but {self.importance!r} came; call `prune_to(sparsity)`"
-            )
-        self._refresh()
-        return self._run_torch_method(self.importance, None)
+        expect(
+            not self.rule.takes_target,
+            "importance",
+            "keep its own amount, such as L1Unstructured(0.2), for `prune`",
+            self.rule.importance,
+            "call `prune_to(sparsity)`",
+        )
+        return self._run(None, 1, None)
 
     def hold_zeros(self, *, empty: bool = False) -> MaskSet:
-        """Hold the exact zeros that the weights have now, to fine-tune an already sparse model.
+        """Hold the present zeros of the weights, to fine-tune a sparse model.
 
         Args:
-            empty: Also those of tensors that are zero throughout. Unless asked for, these are taken
-                for new ones that training is still to fill, such as the second factor of LoRA, and
-                a warning names them.
+            empty: Whether to include tensors that are all zero. By default they are left dense,
+                with a warning, as they may not be trained yet, such as the second factor of LoRA.
 
         Example:
             >>> layer = nn.Linear(2, 2)
@@ -346,54 +366,60 @@ class Pruner:
         """
         self._refresh()
         weights = {name: self._parameters[name].detach() for name in self._names}
-        dense = [n for n, w in weights.items() if not (empty or whole((w != 0).any()))]
+        dense = [n for n, w in weights.items() if not (empty or gather_full((w != 0).any()))]
         if dense:
             warnings.warn(
-                f"{', '.join(dense)} are zero throughout, hence taken for tensors that are not yet "
-                "trained, and left dense; call `hold_zeros(empty=True)` (`from_zeros='all'` in a "
-                "PruningCallback) if they have been pruned",
+                f"{', '.join(dense)} are zero throughout and may not be trained yet, so they are "
+                "left dense; if they are pruned, call `hold_zeros(empty=True)` (`from_zeros='all'` "
+                "in a PruningCallback)",
                 stacklevel=2,
             )
 
         def kept(name: str, parameter: Tensor) -> Tensor:
-            # Biases that go with channels may well be 0 by chance, as batch norm's are at first.
+            # Biases that are pruned with channels may be zero without being pruned, as those of
+            # batch norm are at initialization.
             return (parameter.detach() != 0) | (name not in self._names or name in dense)
 
         return self._prune(lambda: MaskSet({n: kept(n, p) for n, p in self._parameters.items()}))
 
     def hold(self, masks: MaskSet) -> MaskSet:
-        """Hold given masks, such as those of a checkpoint; the optimizers' state is left alone.
+        """Hold the given masks, such as those of a checkpoint. Optimizer state is not changed.
 
         Raises:
-            ValueError: If the masks are not exactly those of the tensors to prune.
+            ValueError: If the masks do not match the tensors to prune.
         """
         self._refresh()
         masks.check(self._parameters)
         for name, mask in masks.items():
-            for other in held_elsewhere(self._parameters[name], self.masking):
-                if whole((place(mask, other) & (other == 0)).any()):
+            for other in masks_of_others(self._parameters[name], self.masking):
+                if gather_full((distribute_like(mask, other) & (other == 0)).any()):
                     raise ValueError(
-                        "`masks` must keep no weight that another Pruner holds at zero, got a mask "
-                        f"of {name} that does; call `remove()` on that Pruner first"
+                        "`masks` must not keep weights that another Pruner holds at zero, got a "
+                        f"mask of {name} that does; call `remove()` on that Pruner first"
                     )
         return self._hold(masks)
 
     def _hold(self, masks: MaskSet) -> MaskSet:
         masks.check(self._parameters)
-        missing = [name for name in self._parameters if name not in masks]
-        if missing:
-            raise ValueError(
-                f"masks are expected for every tensor to prune, but {', '.join(missing)} has none; "
-                "`include` and `exclude` have to select the same tensors as when they were made"
-            )
+        missing = ", ".join(name for name in self._parameters if name not in masks)
+        expect(
+            not missing,
+            "masks",
+            "have an entry for each tensor to prune",
+            f"none for {missing}",
+            "use the same `include` and `exclude` as when they were created",
+        )
         reshard(self.model)
-        masks = MaskSet({name: place(mask, self._parameters[name]) for name, mask in masks.items()})
+        masks = MaskSet(
+            {name: distribute_like(mask, self._parameters[name]) for name, mask in masks.items()}
+        )
         if self._attached:
             self.masking.update(masks)
-        elif self.masking.held:
+        elif self.masking.raw_masks:
             raise ValueError(
-                f"`masking` is expected to hold the masks of one Pruner, but this "
-                f"{type(self.masking).__name__} holds those of another; make one for each"
+                "`masking` must be used by one Pruner only, got an instance of "
+                f"{type(self.masking).__name__} that holds the masks of another; create one for "
+                "each"
             )
         else:
             self.masking.attach(self.model, masks, self._optimizers)
@@ -402,12 +428,12 @@ class Pruner:
 
     @torch.no_grad()
     def apply_to(self, copy: nn.Module) -> None:
-        """Zero in a copy of the model, such as an average of its weights, what is pruned here.
+        """Apply the masks to a copy of the model, such as an average of its weights.
 
-        Zeros averaged with zeros stay zero, so once after each prune is enough.
+        Once after each round is enough, as an average of zeros stays zero.
 
         Args:
-            copy: A model with the same parameters, plain.
+            copy: A model with the same parameters, without masks of its own.
         """
         slots = locate(copy)
         for name, mask in self.masks.items():
@@ -415,10 +441,10 @@ class Pruner:
             parameter.masked_fill_(~mask.to(parameter.device), 0)
 
     def remove(self) -> None:
-        """Let go: plain parameters with exact zeros stay, without hooks, buffers or masks.
+        """Remove masks, hooks and buffers; plain parameters with exact zeros remain.
 
         Raises:
-            ValueError: If the model has not the tensors any more whose masks were held.
+            ValueError: If the model no longer has the tensors to prune.
         """
         try:
             self.masking.refresh()
@@ -426,127 +452,108 @@ class Pruner:
             self.masking.remove()
             self._attached = False
 
-    def _couple(self) -> None:
+    @property
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """The tensors to prune only, without others that lose entries with them."""
+        return {name: self._parameters[name] for name in self._names}
+
+    def _bind(self) -> None:
         slots = locate(self.model)
-        names = set(self._names)
-        if isinstance(self.granularity, Channels):
-            channels = self.granularity.couple(self.model, self._names)
-            names.update(channels.names)
-            self._units: NM | Block | CoupledChannels | None = channels
-        else:
-            self._units = self.granularity
-            if isinstance(self._units, NM):
-                self._units = self._units.bind({name: slots[name] for name in self._names})
+        self.rule = self.rule.bind(self.model, self._names, self._example)
+        names = {*self._names, *self.rule.coupled}
         self._parameters = {n: slot.parameter for n, slot in slots.items() if n in names}
         self._ties = ties({name: slots[name] for name in self._parameters})
         self._check_storage(slots)
 
     def _check_storage(self, slots: Mapping[str, Slot]) -> None:
-        tensors = {name: local(slot.parameter.detach()) for name, slot in slots.items()}
+        tensors = {name: to_local(slot.parameter.detach()) for name, slot in slots.items()}
         pruned = {name: tensors.pop(name) for name in self._parameters}
         check_storage(pruned, tensors)
 
     def _refresh(self) -> None:
-        """Take in the parameters that the model has now, and check that they are trained."""
+        """Use the parameters that the model has now, and check that they are in the optimizers."""
         reshard(self.model)
         self.masking.refresh()
         slots = locate(self.model)
         check_kept(self._ties, slots)
         self._check_storage(slots)
         if any(slots[name].parameter is not held for name, held in self._parameters.items()):
-            self._couple()
+            self._bind()
         if self._optimizers:
-            self._check_held(self._parameters, self._optimizers)
+            self._check_optimized(self._parameters, self._optimizers)
 
-    def _before(self) -> dict[str, Tensor]:
-        """The masks so far, zero = pruned, with those that other Pruners hold on these tensors."""
-        before = dict(self.masking.held)
+    def _present_masks(self) -> dict[str, Tensor]:
+        """The present masks, zero = pruned, including those of other Pruners on these tensors."""
+        before = dict(self.masking.raw_masks)
         for name, parameter in self._parameters.items():
-            for mask in held_elsewhere(parameter, self.masking):
+            for mask in masks_of_others(parameter, self.masking):
                 before[name] = (mask != 0) & (before[name] != 0 if name in before else True)
         return before
 
-    def _check_held(self, names: Collection[str], optimizers: Sequence[Optimizer]) -> None:
+    def _check_optimized(self, names: Collection[str], optimizers: Sequence[Optimizer]) -> None:
         parameters = {name: self._parameters[name] for name in self._parameters if name in names}
-        check_held(parameters, optimizers, self._leaving_out)
+        check_optimized(parameters, optimizers, self._to_exclude)
 
-    def _leaving_out(self, names: Sequence[str]) -> list[str]:
-        # What goes along with channels cannot be excluded by itself.
+    def _to_exclude(self, names: Sequence[str]) -> list[str]:
+        # Tensors that lose entries with channels cannot be excluded themselves.
         writers = {writer for name in names for writer in self.writers(name)}
         return [name for name in self._names if name in names or name in writers]
 
-    def _run_torch_method(self, method: TorchMethod, sparsity: float | None) -> MaskSet:
-        compute = partial(
-            torch_masks,
-            self._parameters,
-            sparsity,
-            method=method,
-            scope=self.scope,
-            masks={name: mask != 0 for name, mask in self._before().items()},
+    def _run(
+        self, target: float | None, round: int, evidence: Mapping[str, Tensor] | None
+    ) -> MaskSet:
+        self._refresh()
+        context = Context(round)
+        if self.rule.needs is not None:
+            if evidence is None:
+                evidence = default_evidence(self.rule.needs, self._parameters)
+            context = Context(round, evidence)
+        return self._prune(
+            lambda: self.rule.masks(self._weights, self._present_masks(), target, context)
         )
-        return self._prune(compute)
 
     def _prune(self, compute: Callable[[], MaskSet]) -> MaskSet:
         masks = decide(compute, self._parameters.values())
         sizes = {name: mask.numel() for name, mask in masks.items()}
-        before, left = sizes | _kept(self.masking.held), _kept(masks)
-        empty = [name for name in self._names if before[name] and not left[name]]
+        before, after = sizes | _kept_counts(self.masking.raw_masks), _kept_counts(masks)
+        empty = [name for name in self._names if before[name] and not after[name]]
         if empty:
             warnings.warn(
-                f"nothing is left of {', '.join(empty)}: what passes through them alone no longer "
-                "depends on the input; ask for less, use scope='layer', or `exclude` them; if they "
-                "started at zero, train them before they are pruned",
+                f"nothing is left of {', '.join(empty)}, so the outputs of these layers no longer "
+                "depend on their inputs; lower the sparsity, use scope='layer', or `exclude` them; "
+                "if they were initialized to zero, train them first",
                 stacklevel=3,
             )
+        changed, regrown = _changes(self.masking.raw_masks, masks)
+        expect(
+            self.rule.grows or not regrown,
+            "rule",
+            "keep pruned weights pruned unless it `grows`",
+            f"masks that keep pruned weights of {', '.join(regrown)}",
+            "set `grows = True` on the rule",
+        )
         masks = self._hold(masks)
-        if sum(left.values()) != sum(before.values()):
+        if changed:
             pairs = [(self._parameters[name], mask) for name, mask in masks.items()]
-            settle_optimizer_state(self.optimizer_state, self._optimizers, pairs)
+            mask_optimizer_state(self.optimizer_state, self._optimizers, pairs)
         return masks
 
 
-def _kept(masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Per tensor how many weights stay; one at a time, as a round holds two masks of each."""
+def _kept_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of weights kept in each tensor; converts masks one at a time to save memory."""
     bools = ((name, m if m.dtype == torch.bool else m != 0) for name, m in masks.items())
-    return {name: int(whole(mask.sum())) for name, mask in bools}
+    return {name: int(gather_full(mask.sum())) for name, mask in bools}
 
 
-def check_kinds(
-    model: object, importance: object, granularity: object, costs: object, masking: object
-) -> None:
-    """Refuse what they cannot be at all, such as a class for an object; see `Pruner`.
-
-    Raises:
-        TypeError: Naming the argument, what was expected and what came.
-    """
-    _expect(isinstance(model, nn.Module), "model", "an nn.Module", model)
-    function = callable(importance) and not isinstance(importance, type)
-    _expect(
-        is_torch_method(importance) or function,
-        "importance",
-        "a function such as magnitude, or a pruning method of torch",
-        importance,
-    )
-    _expect(
-        masking is None or (hasattr(masking, "attach") and not isinstance(masking, type)),
-        "masking",
-        "an object such as InPlace()",
-        masking,
-    )
-    _expect(
-        granularity is None or isinstance(granularity, NM | Block | Channels),
-        "granularity",
-        "NM(2, 4), Block(1, 16), Channels(example_input) or None",
-        granularity,
-    )
-    _expect(
-        costs is None or isinstance(costs, Mapping),
-        "costs",
-        "a mapping such as multiply_adds(model, example_input)",
-        costs,
-    )
-
-
-def _expect(good: bool, argument: str, expected: str, came: object) -> None:
-    if not good:
-        raise TypeError(f"`{argument}` is expected to be {expected}, but {came!r} came")
+def _changes(held: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[bool, list[str]]:
+    """Whether masks differ from the held ones, and the tensors in which pruned weights are kept."""
+    changed, regrown = False, []
+    for name, mask in masks.items():
+        if name not in held:  # dense
+            changed = changed or bool(gather_full((~mask).any()))
+            continue
+        before = distribute_like(held[name] != 0, mask)
+        changed = changed or bool(gather_full((before != mask).any()))
+        if gather_full((mask & ~before).any()):
+            regrown.append(name)
+    return changed, regrown

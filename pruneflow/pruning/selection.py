@@ -1,37 +1,210 @@
-"""Scores and a sparsity -> masks."""
+"""Mask rules: what a round does to turn scores and a sparsity into masks."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from numbers import Real
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.distributed import get_rank
+from torch import Tensor, nn
 
-from pruneflow.distributed import assemble, gather, is_sharded, own
-from pruneflow.pruning.distribution import Scope, resolve_scope
-from pruneflow.pruning.granularity.blocks import Block
-from pruneflow.pruning.granularity.channels import CoupledChannels
-from pruneflow.pruning.granularity.nm import NM
-from pruneflow.pruning.granularity.units import unit_masks
-from pruneflow.pruning.importance import Context, Importance, check_finite, gradients_of, scores_of
-from pruneflow.pruning.masks import MaskSet, and_more
-from pruneflow.pruning.plan import pruned_count
-from pruneflow.pruning.schedules import plain_number
-from pruneflow.pruning.threshold import Scores, find_threshold, keep_masks, keep_parts, one_process
+from pruneflow.distributed import decide
+from pruneflow.errors import expect
+from pruneflow.pruning.distribution import Scope, groups_of, resolve_scope, together, uniform
+from pruneflow.pruning.evidence import Evidence
+from pruneflow.pruning.granularity import Granularity, Weights
+from pruneflow.pruning.granularity.units import Competition
+from pruneflow.pruning.importance import (
+    Context,
+    Importance,
+    check_evidence,
+    check_finite,
+    magnitude,
+    needs_of,
+    score_function,
+)
+from pruneflow.pruning.masks import MaskSet
+from pruneflow.pruning.schedules import check_fraction
+from pruneflow.structure.costs import CostFunction, Costs
+from pruneflow.structure.running import Example
 
-# Of the powers 0, 0.15, 0.25, 0.35, 0.5 and 0.75 the one that left ResNet-18 the most accurate with
-# 5 % or 10 % of its multiply-adds: recipes/results/resnet18_cifar10_compute_aware. From 0.5 on the
-# first layers die.
-_POWER = 0.25
+
+class MaskRule(Protocol):
+    """How a round computes masks: from scores, or with a method of `torch.nn.utils.prune`."""
+
+    @property
+    def importance(self) -> Any:
+        """The importance, or the method of `torch.nn.utils.prune`."""
+
+    @property
+    def takes_target(self) -> bool:
+        """Whether the schedule sets the sparsity; False for methods with an amount of their own."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether it may keep weights that were pruned before."""
+
+    @property
+    def needs(self) -> Evidence | None:
+        """The evidence that it needs, if any."""
+
+    @property
+    def costs(self) -> Costs | CostFunction | None:
+        """The costs that targets count, or the function that `bind` calls; None for weights."""
+
+    @property
+    def needs_example(self) -> bool:
+        """Whether `bind` needs an example input."""
+
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """Names of other tensors that lose entries with the pruned ones."""
+
+    def writers(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors to prune with which the tensor `name` loses entries."""
+
+    def bind(self, model: nn.Module, names: Collection[str], example: Example | None) -> MaskRule:
+        """The rule for the tensors `names` of a model."""
+
+    def check(self, tensors: Mapping[str, Tensor], target: float | None) -> None:
+        """Check, before training, that the tensors can be pruned to the target, if it is known."""
+
+    def pruned_fraction(self, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> float:
+        """Pruned fraction of the weights or costs that targets count."""
+
+    def masks(
+        self,
+        tensors: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+        target: float | None,
+        context: Context,
+    ) -> MaskSet:
+        """The masks after a round; `before` are the present ones, zero = pruned."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Prune:
+    """Prune the weights with the lowest scores.
+
+    Args:
+        importance: The importance; the highest scores are kept.
+        scope: Which tensors compete with each other; see `resolve_scope`.
+        granularity: What is removed together.
+        costs: Costs that targets count instead of weights: a function such as `multiply_adds`,
+            which `bind` calls, or its result.
+    """
+
+    importance: Importance = magnitude
+    scope: Scope = "global"
+    granularity: Granularity = Weights()  # noqa: RUF009  # frozen
+    costs: Costs | CostFunction | None = None
+
+    takes_target = True
+    grows = False
+
+    def __post_init__(self) -> None:
+        needs_of(self.importance)  # raises for an invalid `needs`
+        distribution = resolve_scope(self.scope)
+        one_sparsity = distribution in (together, uniform) or isinstance(self.scope, Mapping)
+        expect(
+            self.costs is None or one_sparsity,
+            "costs",
+            f"be None with scope {self.scope!r}, which distributes weights",
+            self.costs,
+            "use scope='global' or 'layer'",
+        )
+        if self.costs is not None and not callable(self.costs):
+            object.__setattr__(self, "costs", Costs(self.costs))
+
+    @property
+    def needs(self) -> Evidence | None:
+        """The evidence that the importance needs."""
+        return needs_of(self.importance)
+
+    @property
+    def needs_example(self) -> bool:
+        """Whether `bind` needs an example input, for the granularity or the costs."""
+        return self.granularity.needs_example or callable(self.costs)
+
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """Names of other tensors that lose entries with the pruned ones."""
+        return self.granularity.coupled
+
+    def writers(self, name: str) -> tuple[str, ...]:
+        """Names of the tensors to prune with which the tensor `name` loses entries."""
+        return self.granularity.writers(name)
+
+    def bind(self, model: nn.Module, names: Collection[str], example: Example | None) -> Prune:
+        """The rule for the tensors `names` of a model."""
+        costs = self.costs
+        if callable(costs):
+            measure, own = costs, getattr(self.granularity, "example_input", None)
+            batch = example if own is None else own
+            if batch is None:
+                raise ValueError(
+                    "`example_input` must be an input batch of the model if `costs` is a "
+                    f"function, got None with {measure!r}; give it, or the result of the function, "
+                    "such as costs=multiply_adds(model, example_input)"
+                )
+            measured = Costs(measure(model, batch))  # in all processes, as the model may be sharded
+            costs = decide(lambda: measured, [])  # latencies differ between processes
+        return replace(self, granularity=self.granularity.bind(model, names, example), costs=costs)
+
+    def check(self, tensors: Mapping[str, Tensor], target: float | None) -> None:
+        """Check that the tensors can be pruned to the target.
+
+        Raises:
+            ValueError: Names the argument.
+        """
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        check_target = getattr(resolve_scope(self.scope), "check_target", None)
+        if target is not None and check_target is not None:
+            check_target(shapes, target)
+        groups = groups_of(self.scope, shapes, target or 0.0)
+        self.granularity.check(tensors, groups, self._costs_of(tensors))
+
+    def pruned_fraction(self, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> float:
+        """Pruned fraction of the weights or costs that targets count."""
+        costs = self._costs_of(tensors)
+        total = sum(costs[name] * tensor.numel() for name, tensor in tensors.items())
+        pruned = {name: MaskSet({name: mask}).pruned for name, mask in masks.items()}
+        return sum(costs[name] * count for name, count in pruned.items()) / total if total else 0.0
+
+    @torch.no_grad()
+    def masks(
+        self,
+        tensors: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+        target: float | None,
+        context: Context,
+    ) -> MaskSet:
+        """The masks after a round to the target; see `compute_masks`."""
+        check_finite(tensors)
+        costs = self._costs_of(tensors)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if self.needs:
+            check_evidence(context.evidence, shapes)
+
+        def scores(name: str, **masking: Any) -> Any:
+            scale = costs[name] ** costs.power
+            tensor = tensors[name].detach()
+            return score_function(self.importance, name, context, tensor, scale, **masking)
+
+        groups = groups_of(self.scope, shapes, check_fraction("sparsity", target))
+        self.granularity.check(tensors, groups, costs)
+        by_cost = self.costs is not None
+        competition = Competition(tensors, groups, scores, before, costs, by_cost)
+        return MaskSet(self.granularity.masks(competition))
+
+    def _costs_of(self, names: Collection[str]) -> Costs:
+        if self.costs is None:
+            return Costs(dict.fromkeys(names, 1.0))
+        assert isinstance(self.costs, Costs)  # after `bind`
+        return self.costs.of(names)
+
+
 def compute_masks(
     tensors: Mapping[str, Tensor],
     sparsity: float,
@@ -40,197 +213,53 @@ def compute_masks(
     scope: Scope = "global",
     masks: Mapping[str, Tensor] | None = None,
     round: int = 1,
-    gradients: Mapping[str, Tensor | None] | None = None,
-    granularity: NM | Block | CoupledChannels | None = None,
+    evidence: Mapping[str, Tensor] | None = None,
+    granularity: Granularity | None = None,
     costs: Mapping[str, float] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> MaskSet:
-    """Masks that keep the most important weights, exactly `round(sparsity * n)` pruned per group.
+    """Masks that prune the lowest scores, exactly `round(sparsity * n)` of the n in each group.
 
-    The count is of all n weights of a group, never of what remains. With `costs`, or blocks or
-    channels for a granularity, as few go as reach the fraction `sparsity` of all costs. Pruned
-    weights stay pruned; of equal scores, the lowest (tensor order, flat index) goes first. Scores
-    are computed tensor by tensor and never held together.
+    The sparsity is a fraction of all weights, not of the remaining ones. With `costs`, blocks or
+    channels, the fewest are pruned that reach the fraction `sparsity` of the total cost. Pruned
+    weights stay pruned. Ties are pruned in order of tensor and flat index. Scores are computed
+    tensor by tensor and not held in memory together.
 
-    Sharded weights (`DTensor`s) stay where they are and get the masks that the whole ones would;
-    every process has to call this. An elementwise importance is called with pieces of shards, any
-    other with the `DTensor`, and returns scores of its shape, as a `DTensor` or a plain tensor.
+    Sharded weights (`DTensor`s) are not gathered and get the same masks; all processes must call
+    this. An elementwise importance is called with pieces of shards; any other is called with the
+    `DTensor` and returns scores of its shape, as a `DTensor` or a plain tensor.
 
     Args:
         tensors: Qualified name -> live weights, of any shape; need not belong to a module.
         sparsity: Cumulative sparsity to reach, in [0, 1).
-        importance: Scores, higher = keep.
-        scope: What competes together; see `resolve_scope`.
-        masks: The masks so far, of any dtype, zero = pruned; None for none.
+        importance: The importance; the highest scores are kept.
+        scope: Which tensors compete with each other; see `resolve_scope`.
+        masks: The present masks, of any dtype, zero = pruned; None for a dense model.
         round: The round, for importances that depend on it.
-        gradients: Qualified name -> gradient of the loss, for importances that need them.
-        granularity: What is removed together; None for each weight by itself.
-        costs: Qualified name -> what each weight of the tensor costs, such as `multiply_adds`
-            finds; None counts weights. What competes are then scores over the fourth root of the
-            cost, of blocks as of weights; channels compete by their scores alone.
+        evidence: Qualified name -> evidence for the importance, such as gradients.
+        granularity: What is removed together: `Weights()` (the default), `NM`, `Block`, or the
+            result of `Channels.bind`.
+        costs: Qualified name -> cost of each weight of the tensor, such as the result of
+            `multiply_adds`; None counts weights. See `Costs` for how they affect scores.
+        gradients: The former name of `evidence`.
 
     Returns:
-        A mask for every tensor; for channels, for all that lose entries with them.
+        A mask for every tensor; for channels, also for other tensors that lose entries.
 
     Raises:
-        ValueError: If `sparsity` is out of range or below what is already pruned, or weights are
-            not finite, or scores are NaN or of another shape than their weights, or gradients are
-            needed that are not there, or costs are missing or not positive.
+        ValueError: If `sparsity` is out of range or below the present one, weights are not finite,
+            scores are NaN or of another shape than the weights, evidence is missing, or costs are
+            missing or not positive.
 
     Example:
-        >>> from pruneflow import magnitude
         >>> weights = {"a": torch.tensor([4.0, -1.0]), "b": torch.tensor([-3.0, 2.0])}
         >>> masks = compute_masks(weights, 0.5, importance=magnitude)
         >>> masks["a"], masks["b"]
         (tensor([ True, False]), tensor([ True, False]))
     """
-    before = masks or {}
-    context = Context(round, gradients_of(importance, gradients or {}, tensors))
-    check_finite(tensors)
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    price = check_costs(costs, tensors)
-
-    def scores(name: str, *masking: Any) -> Callable[[], Tensor]:
-        tensor = tensors[name].detach()
-        return scores_of(importance, name, context, tensor, price[name] ** _POWER, *masking)
-
-    if isinstance(granularity, Block | CoupledChannels):
-        check_units(tensors, granularity, scope)
-        channels = isinstance(granularity, CoupledChannels)  # which go through all layers
-        new = {
-            name: before[name] != 0 if name in before else torch.ones_like(tensor, dtype=torch.bool)
-            for name, tensor in tensors.items()
-        }
-        for group in [list(tensors)] if channels else resolve_scope(scope, list(tensors)):
-            new |= unit_masks(
-                granularity.units({name: shapes[name] for name in group}),
-                {name: tensors[name].detach() for name in group},
-                sparsity,
-                score=lambda name: scores(name)(),
-                costs=price,
-                before=before,
-                scope=scope,
-            )
-        return MaskSet(new)
-
-    protect = {}
-    if granularity is not None:
-        granularity.check(shapes, sparsity)
-        protect = {name: partial(granularity.protect, name) for name in tensors}
-    new = {}
-    for group in resolve_scope(scope, list(tensors)):
-        new |= _weight_masks(
-            {name: tensors[name] for name in group},
-            sparsity,
-            [scores(name, before.get(name), protect.get(name)) for name in group],
-            before,
-            None if costs is None else price,
-            all_but_protected=granularity is not None and sparsity == granularity.most,
-        )
-    return MaskSet({name: new[name] for name in tensors})
-
-
-def _weight_masks(
-    tensors: Mapping[str, Tensor],
-    sparsity: float,
-    scores: Sequence[Scores],
-    before: Mapping[str, Tensor],
-    costs: Mapping[str, float] | None,
-    *,
-    all_but_protected: bool,
-) -> dict[str, Tensor]:
-    """Masks of tensors that compete weight by weight.
-
-    With `all_but_protected`, whatever has no infinite score goes.
-    """
-    sharded = any(is_sharded(tensor) for tensor in tensors.values())
-    join = gather if sharded else one_process
-    price = costs or dict.fromkeys(tensors, 1.0)
-    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-    total = sum(price[name] * size for name, size in sizes.items()) or 1.0
-
-    def pruned(masks: Mapping[str, Tensor]) -> dict[str, int]:
-        """Of each tensor how many weights, in all processes."""
-        here = [int((masks[name] == 0).sum()) if name in masks else 0 for name in tensors]
-        return dict(zip(tensors, join(torch.tensor([here])).sum(0).tolist(), strict=True))
-
-    def removed(counts: Mapping[str, int]) -> float:
-        return sum(price[name] * count for name, count in counts.items()) / total
-
-    def parts(count: int) -> Iterator[Tensor]:
-        threshold = find_threshold(scores, count, join)
-        if sharded:
-            return keep_parts(scores, threshold, gather, get_rank())
-        return keep_masks(scores, threshold)
-
-    present = pruned({name: own(before[name], tensors[name]) for name in tensors if name in before})
-    gone, count = sum(present.values()), pruned_count(sparsity, sum(sizes.values()))
-    # By cost one weight more than asked for may be gone.
-    overshot = removed(present) - sparsity > max(price.values()) / total
-    if count < gone if costs is None else overshot:
-        raise ValueError(
-            f"`sparsity` is expected to be at least the present one, {removed(present):.6g}, but "
-            f"{sparsity!r} came for {next(iter(tensors))!r}{and_more(list(tensors))}; pruned "
-            "weights stay pruned, so ask for more, or start from the dense model"
-        )
-    try:
-        if all_but_protected:
-            free = [int((score() < math.inf).sum()) for score in scores]
-            count = int(join(torch.tensor([free])).sum())
-        elif costs is not None:
-            count = bisect_left(
-                range(sum(sizes.values()) + 1),
-                sparsity * (1 - 1e-12),  # which sums of costs may miss by rounding
-                lo=gone,
-                key=lambda count: removed(pruned(dict(zip(tensors, parts(count), strict=True)))),
-            )
-        return {
-            name: assemble(part, tensors[name])
-            for name, part in zip(tensors, parts(count), strict=True)
-        }
-    except ValueError as error:
-        found = [join(score().isnan().any().view(1)).any() for score in scores]
-        nan = [repr(name) for name, any_nan in zip(tensors, found, strict=True) if any_nan]
-        raise ValueError(
-            "`importance` is expected to return numbers, but NaN came for "
-            f"{', '.join(nan)}; nothing was changed"
-        ) from error
-
-
-def check_costs(costs: Mapping[str, float] | None, names: Iterable[str]) -> dict[str, float]:
-    """The cost of each weight of these tensors; 1 for None.
-
-    Raises:
-        ValueError: Naming the tensors without a finite cost above 0.
-    """
-    if costs is None:
-        return dict.fromkeys(names, 1.0)
-    numbers = {name: plain_number(costs.get(name)) for name in names}
-    missing = [
-        n for n, c in numbers.items() if not (isinstance(c, Real) and 0 < float(c) < math.inf)
-    ]
-    if missing:
-        raise ValueError(
-            "`costs` are expected to say what a weight of each tensor costs, a number above 0, but "
-            f"do not for {', '.join(missing)}; add them, or `exclude` the tensors"
-        )
-    return {name: float(cost) for name, cost in numbers.items()}
-
-
-def check_units(tensors: Mapping[str, Tensor], granularity: object, scope: Scope) -> None:
-    """Refuse what blocks and channels cannot do.
-
-    Raises:
-        ValueError: If tensors are sharded, or channels are to compete in named groups.
-    """
-    if not isinstance(granularity, Block | CoupledChannels):
-        return
-    if any(is_sharded(tensor) for tensor in tensors.values()):
-        raise ValueError(
-            f"`granularity` is expected to be None or NM for sharded weights, but {granularity!r} "
-            "came; shards do not hold whole channels or blocks"
-        )
-    if isinstance(granularity, CoupledChannels) and scope not in ("global", "layer"):
-        raise ValueError(
-            "`scope` is expected to be 'global' or 'layer' for channels, which go through several "
-            f"layers, but {scope!r} came"
-        )
+    rule = Prune(
+        importance, scope, granularity or Weights(), None if costs is None else Costs(costs)
+    )
+    found = gradients if evidence is None else evidence
+    context = Context(round) if found is None else Context(round, found)
+    return rule.masks(tensors, masks or {}, sparsity, context)

@@ -1,14 +1,15 @@
-"""The exact k-th lowest score over many tensors, without joining them in one vector.
+"""The exact k-th lowest score over many tensors, without concatenating them.
 
-A sample brackets the k-th score, one pass over the tensors counts what lies below the bracket and
-collects the few scores inside it, and the k-th of all is selected among those. A bracket that
-missed is widened, so the answer is exact for any data; the sample only decides how long it takes.
-Scores are made tensor by tensor, up to three times: to sample, to count and to make the masks.
+A sample brackets the k-th score. One pass over the tensors counts the scores below the bracket and
+collects the few inside it, from which the k-th is selected. A bracket that misses is widened, so
+the result is exact for any data; the sample only affects the run time. Scores are computed tensor
+by tensor, up to three times: for the sample, the counts and the masks.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,27 +18,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pruneflow.errors import expect
+
 Scores = Callable[[], Tensor]
-"""Computes one tensor's scores afresh, on one CPU thread; pure, for it is called a few times."""
+"""Computes the scores of a tensor, on one CPU thread. Must be pure, as it is called repeatedly."""
 
 Gather = Callable[[Tensor], Tensor]
-"""Joins a tensor of every process along the first dimension, always in the same order."""
+"""Concatenates a tensor of all processes along the first dimension, always in the same order."""
 
-_STRIDE = 512  # one entry of so many is sampled: about 3 * sqrt(total * _STRIDE) are collected
-_CPU_CHUNK = 2**19  # entries worked on at once: what the caches hold
-_CHUNK = 2**24  # on other devices: few launches, and float32 still counts exactly up to here
-_COLUMNS = 16  # entries looked at together when few of them are wanted
+_STRIDE = 512  # one in this many scores is sampled; about 3 * sqrt(total * _STRIDE) are collected
+_CPU_CHUNK = 2**19  # entries processed at a time: they fit in the caches
+_CHUNK = 2**24  # on other devices: few kernel launches, and float32 counts are exact up to here
+_COLUMNS = 16  # rows of the view in which columns without selected entries are dropped
 
 
 class Elementwise(partial[Tensor]):
-    """Scores that a function computes entry by entry from tensors of one shape.
+    """Scores that a function computes elementwise from tensors of the same shape.
 
-    A `functools.partial` that may be computed piece by piece: no whole tensor of scores is held,
-    and on a CPU it is several times faster.
+    A `functools.partial` that may be computed in pieces, so that no full tensor of scores is held;
+    on a CPU, this is several times faster.
 
     Args:
-        func: Maps pieces of `args`, alike in shape, to their scores, of the same shape.
-        args: Tensors of one shape: the weight and, say, its gradient or the mask held so far.
+        func: Maps pieces of `args`, all of the same shape, to scores of that shape.
+        args: Tensors of the same shape, such as the weight and the present mask.
 
     Example:
         >>> find_threshold([Elementwise(torch.abs, torch.tensor([3.0, -1.0, 2.0]))], k=1)
@@ -47,12 +50,12 @@ class Elementwise(partial[Tensor]):
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where the scores to prune end.
+    """The threshold between pruned and kept scores.
 
     Args:
-        value: The lowest score kept (inf if none is): every score below it is pruned.
-        ties: How many scores equal to `value` are pruned as well, in the order (tensor, row-major
-            flat index).
+        value: Scores below it are pruned; inf if all are.
+        ties: Number of scores equal to `value` that are also pruned, in the order (tensor,
+            row-major flat index).
     """
 
     value: float
@@ -61,10 +64,10 @@ class Threshold:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Hold PyTorch to one CPU thread.
+    """Limit PyTorch to one CPU thread.
 
-    The pieces are so small that a second thread gains little, and beside a busy process (data
-    loaders, say) the threads' many short meetings take many times as long as the work.
+    The pieces are so small that a second thread gains little, and next to other busy processes,
+    such as data loaders, synchronizing threads takes far longer than the work itself.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -74,59 +77,59 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class NaNScoresError(ValueError):
+    """Scores contain NaN, which cannot be compared."""
+
+
 def one_process(tensor: Tensor) -> Tensor:
-    """Join the tensors of one process: there is only this one."""
+    """The `Gather` of a single process."""
     return tensor
 
 
 @torch.no_grad()
 @_one_thread()
 def find_threshold(scores: Sequence[Scores], k: int, gather: Gather = one_process) -> Threshold:
-    """Find which k of all scores are the lowest, exactly.
+    """Find the threshold for the k lowest scores, exactly.
 
-    Beside one tensor's scores a few times sqrt(512 * total) entries are held. No random state is
-    used up, and the result depends on neither device nor memory layout.
+    Besides the scores of one tensor, a few times sqrt(512 * total) entries are held in memory. The
+    global random state is not used, and the result does not depend on device or memory layout.
 
     Args:
-        scores: One function per tensor; any floating dtypes and devices, mixed as they come, any
-            shape. -inf is pruned first, inf last; +0.0 and -0.0 are equal.
-        k: How many entries to prune, from 0 to the total number of entries.
-        gather: Where each process holds a part of every tensor, and gives the scores of its parts,
-            joins what all of them found: a sample, counts and the few scores in the bracket.
+        scores: One function per tensor, of any floating dtype, device and shape. -inf is pruned
+            first, inf last; +0.0 and -0.0 are equal.
+        k: Number of entries to prune, from 0 to the total number of entries.
+        gather: If each process holds a part of every tensor, and computes the scores of its parts:
+            gathers samples, counts and the few scores in the bracket.
 
     Raises:
-        ValueError: If `k` is out of range, or a score is NaN (not looked for when `k` is 0).
+        ValueError: If `k` is out of range.
+        NaNScoresError: If a score is NaN (not checked if `k` is 0).
 
     Example:
         >>> a, b = torch.tensor([0.3, 0.1, 0.4]), torch.tensor([[0.2, 0.4]])
         >>> find_threshold([lambda: a, lambda: b], k=2).ties
         0
-        >>> find_threshold([lambda: a, lambda: b], k=4).ties  # of the two 0.4, the first goes too
+        >>> find_threshold([lambda: a, lambda: b], k=4).ties  # the first of the two 0.4
         1
     """
     if k == 0:
         return Threshold(-math.inf, 0)
-    generator = torch.Generator().manual_seed(0)  # private: the user's random state stays
-    drawn = [_sample(score, generator) for score in scores]
+    generator = torch.Generator().manual_seed(0)  # not the global random state
+    drawn = [_sample(score, _STRIDE, generator) for score in scores]
     total = int(gather(_integers(sum(numel for _, numel in drawn))).sum())
-    if not 0 < k <= total:
-        raise ValueError(
-            f"`k` is expected to be from 0 to {total}, the number of scores, but {k} came; "
-            "prune no more entries than there are"
-        )
+    expect(0 < k <= total, "k", f"be from 0 to {total}, the number of scores", k, "change it")
     sample = gather(_join([sample for sample, _ in drawn]))
     rank = k / total * sample.numel()
     slack = 3 * math.sqrt(rank * (1 - k / total)) + 3  # three standard deviations
 
-    # The value sought, the score number k counted from 0, is in [floor, ceil] throughout; `below`
-    # scores are less than floor.
+    # Invariant: the k-th score, counted from 0, is in [floor, ceil], and `below` scores are lower
+    # than floor.
     floor, ceil, below = -math.inf, math.inf, 0
     while True:
         lo = max(floor, _order_statistic(sample, math.floor(rank - slack)))
         hi = min(ceil, _order_statistic(sample, math.ceil(rank + slack)))
         at_most_lo, at_least_hi, inside = _count(scores, lo, hi, gather)
-        if inside.isnan().any():
-            raise ValueError("`scores` are expected without NaN, but NaN came; find its weights")
+        _check_nan(inside)
         less_than_hi = total - at_least_hi
         if at_most_lo <= k < less_than_hi:
             value = _order_statistic(inside, k - at_most_lo)
@@ -141,15 +144,84 @@ def find_threshold(scores: Sequence[Scores], k: int, gather: Gather = one_proces
 
 
 @torch.no_grad()
-def keep_masks(scores: Sequence[Scores], threshold: Threshold) -> Iterator[Tensor]:
-    """Make the masks, one tensor at a time, that prune what `threshold` says.
+@_one_thread()
+def find_cost_threshold(
+    scores: Sequence[Scores], costs: Sequence[float], target: float, gather: Gather = one_process
+) -> Threshold:
+    """Find the threshold for the fewest lowest scores whose entries cost at least `target`.
+
+    Like `find_threshold`, which counts entries.
 
     Args:
-        scores: The functions `threshold` was found for, in the same order.
-        threshold: What `find_threshold` returned.
+        scores: One function per tensor, as for `find_threshold`.
+        costs: Cost of each entry, above 0, per tensor.
+        target: Minimum total cost of the entries to prune.
+        gather: As for `find_threshold`.
+
+    Raises:
+        NaNScoresError: If a score is NaN (not checked if `target` is 0).
+
+    Example:
+        >>> a, b = torch.tensor([0.3, 0.1, 0.4]), torch.tensor([[0.2, 0.4]])
+        >>> scores = [lambda: a, lambda: b]
+        >>> threshold = find_cost_threshold(scores, costs=[1, 3], target=4.5)
+        >>> [mask.tolist() for mask in keep_masks(scores, threshold)]
+        [[False, False, True], [[False, True]]]
+    """
+    if target <= 0:
+        return Threshold(-math.inf, 0)
+    entry_costs = torch.tensor(costs, dtype=torch.float64, device="cpu")
+    generator = torch.Generator().manual_seed(0)  # not the global random state
+    # Expensive entries are sampled more often, so that each sampled entry represents about the same
+    # cost, and the sample is as accurate as with equal costs.
+    typical = statistics.geometric_mean(costs)
+    strides = [max(1, round(_STRIDE * typical / each)) for each in costs]
+    drawn = [_sample(*each, generator) for each in zip(scores, strides, strict=True)]
+    sizes = gather(_integers(*(numel for _, numel in drawn))[None]).sum(0)
+    represented = entry_costs * torch.tensor(strides)
+    sample = _cumulative_costs(gather(_with_index([values for values, _ in drawn])), represented)
+    share = min(1.0, target / float(entry_costs @ sizes.double()))
+    rank, largest = share * sum(sample[1][-1:].tolist()), float(represented.max())
+    slack = 3 * math.sqrt(rank * (1 - share) * largest) + 3 * largest  # three standard deviations
+
+    # Invariant: the highest score to prune is in [floor, ceil].
+    floor, ceil = -math.inf, math.inf
+    while True:
+        lo = max(floor, _score_at_cost(rank - slack, *sample))
+        hi = min(ceil, _score_at_cost(rank + slack, *sample))
+        at_most_lo, at_least_hi, inside = _count_each(scores, lo, hi, gather)
+        _check_nan(inside)
+        cost_to_lo = float(entry_costs @ at_most_lo.double())
+        if cost_to_lo >= target:
+            ceil = lo
+        elif float(entry_costs @ (sizes - at_least_hi).double()) < target:
+            floor = hi
+        else:
+            left = target - cost_to_lo
+            value = _score_at_cost(left, *_cumulative_costs(inside, entry_costs))
+            less, equal = (
+                inside[which, 1].long().bincount(minlength=len(costs))
+                for which in (inside[:, 0] < value, inside[:, 0] == value)
+            )
+            left -= float(entry_costs @ less.double())
+            return Threshold(value, _count_ties(left, costs, equal))
+        if floor == ceil:
+            at_most, at_least, _ = _count_each(scores, floor, floor, gather)
+            left = target - float(entry_costs @ (sizes - at_least).double())
+            return Threshold(floor, _count_ties(left, costs, at_most + at_least - sizes))
+        slack *= 8
+
+
+@torch.no_grad()
+def keep_masks(scores: Sequence[Scores], threshold: Threshold) -> Iterator[Tensor]:
+    """Compute the masks for a threshold, one tensor at a time.
+
+    Args:
+        scores: The score functions that `threshold` was found for, in the same order.
+        threshold: The result of `find_threshold`.
 
     Yields:
-        For each tensor a bool tensor of its shape, device and memory layout, True = keep.
+        For each tensor, a bool tensor of its shape, device and memory layout, True = keep.
 
     Example:
         >>> scores = [lambda: torch.tensor([0.3, 0.1, 0.4]), lambda: torch.tensor([[0.2, 0.4]])]
@@ -163,24 +235,24 @@ def keep_masks(scores: Sequence[Scores], threshold: Threshold) -> Iterator[Tenso
 
 
 @torch.no_grad()
-def keep_parts(
+def local_keep_masks(
     scores: Sequence[Scores], threshold: Threshold, gather: Gather, rank: int
 ) -> Iterator[Tensor]:
-    """Do `keep_masks` where each process holds a part of every tensor.
+    """Compute the masks of the local parts, if each process holds a part of every tensor.
 
     Args:
-        scores: The functions `threshold` was found for: those of this process's parts.
-        threshold: What `find_threshold` returned.
-        gather: What `find_threshold` got, joining in the order of the parts in the whole tensor.
-        rank: Where this process stands in that order, from 0.
+        scores: The score functions of the local parts.
+        threshold: The result of `find_threshold`.
+        gather: The same as for `find_threshold`, in the order of the parts in the full tensor.
+        rank: Position of this process in that order, from 0.
 
     Yields:
-        For each part a bool tensor, True = keep.
+        For each part, a bool tensor, True = keep.
     """
     value, left = threshold.value, threshold.ties
     for score in scores:
         function, tensors = _parts(score)
-        score = Elementwise(function, *tensors)  # so that whole scores are made once
+        score = Elementwise(function, *tensors)  # computes scores that are not elementwise once
         mine = 0
         if left:
             at_most, at_least, _ = _count_one(score, value, value)
@@ -190,20 +262,25 @@ def keep_parts(
         yield _keep(score, value, mine)[0]
 
 
-def _sample(score: Scores, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Draw one random entry of every `_STRIDE`; also say how many entries there are in all."""
+def _check_nan(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise NaNScoresError("`scores` must not be NaN, got NaN; check the importance")
+
+
+def _sample(score: Scores, stride: int, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Sample one random entry of every `stride`; also return the number of entries."""
     function, tensors = _parts(score)
     numel = tensors[0].numel()
-    drawn = torch.arange(0, numel, _STRIDE, device="cpu")
-    drawn += torch.randint(_STRIDE, drawn.shape, generator=generator, device="cpu")
-    drawn = drawn[drawn < numel]  # so that a small tensor counts no more than its share
+    drawn = torch.arange(0, numel, stride, device="cpu")
+    drawn += torch.randint(stride, drawn.shape, generator=generator, device="cpu")
+    drawn = drawn[drawn < numel]  # so that small tensors are not overrepresented
     return _wide(function(*(t.take(drawn.to(t.device)) for t in tensors))), numel
 
 
 def _count(
     scores: Sequence[Scores], lo: float, hi: float, gather: Gather
 ) -> tuple[int, int, Tensor]:
-    """Count the scores <= lo and those >= hi, and collect the others, NaN among them."""
+    """Count the scores <= lo and those >= hi, and collect the others, including NaN."""
     at_most_lo = at_least_hi = 0
     inside = []
     for score in scores:
@@ -215,16 +292,57 @@ def _count(
     return counts[0], counts[1], gather(_join(inside))
 
 
+def _count_each(
+    scores: Sequence[Scores], lo: float, hi: float, gather: Gather
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_count` for each tensor; the collected scores are rows (score, index of its tensor)."""
+    found = [_count_one(score, lo, hi) for score in scores]
+    counts = gather(torch.tensor([[(lows, highs) for lows, highs, _ in found]])).sum(0)
+    return counts[:, 0], counts[:, 1], gather(_with_index([_join(inside) for *_, inside in found]))
+
+
+def _count_ties(left: float, costs: Sequence[float], equal: Tensor) -> int:
+    """How many of the equal scores, counted for each tensor, have to go to cost `left`."""
+    ties = 0
+    for cost, found in zip(costs, equal.tolist(), strict=True):
+        count = min(found, math.ceil(max(left, 0) / cost))
+        left, ties = left - count * cost, ties + count
+    return ties
+
+
+def _with_index(scores: Sequence[Tensor]) -> Tensor:
+    """Rows (score, index of its tensor) for a few scores of each tensor."""
+    columns = [
+        torch.stack([values.cpu().double(), torch.full((len(values),), i, dtype=torch.float64)], 1)
+        for i, values in enumerate(scores)
+    ]
+    return torch.cat(columns)
+
+
+def _cumulative_costs(rows: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores of `_with_index` in order, and their cumulative costs."""
+    values, order = rows[:, 0].sort()
+    return values, costs[rows[order, 1].long()].cumsum(0)
+
+
+def _score_at_cost(target: float, values: Tensor, costs: Tensor) -> float:
+    """The score at which the cumulative cost reaches `target`; infinite beyond either end."""
+    if target <= 0:
+        return -math.inf
+    index = int(torch.searchsorted(costs, target))
+    return float(values[index]) if index < len(values) else math.inf
+
+
 def _count_one(score: Scores, lo: float, hi: float) -> tuple[int, int, list[Tensor]]:
-    """Do `_count` for one tensor, whose scores are let go of before the next are made."""
+    """`_count` for one tensor; its scores are freed before those of the next are computed."""
     at_most_lo, at_least_hi, inside, flags = 0, 0, [], None
     function, tensors = _parts(score)
     for pieces in _cut(*tensors):
         x = _wide(function(*pieces)).reshape(-1)
-        if flags is None:  # once, for the first piece is the largest: fresh memory is slow
+        if flags is None:  # once, as allocation is slow and the first piece is the largest
             flags = x.new_empty(2, x.numel())
         outside, above = flags[:, : x.numel()].unbind()
-        # Comparing into floats is four times as fast on a CPU as comparing into bools.
+        # On a CPU, comparing into floats is four times as fast as comparing into bools.
         torch.le(x, _round_down(lo, x.dtype), out=outside)
         torch.ge(x, _round_up(hi, x.dtype), out=above)
         at_most_lo += int(outside.sum())
@@ -234,8 +352,8 @@ def _count_one(score: Scores, lo: float, hi: float) -> tuple[int, int, list[Tens
 
 
 def _where_zero(flags: Tensor, x: Tensor) -> Tensor:
-    """Select the entries of `x`, few, where `flags`, none negative, is zero."""
-    if x.numel() % _COLUMNS == 0:  # most columns have no zero: drop them before the slow selection
+    """Select the few entries of `x` where the non-negative `flags` are zero."""
+    if x.numel() % _COLUMNS == 0:  # most columns have no zero: drop them before the slow indexing
         flags, x = flags.view(_COLUMNS, -1), x.view(_COLUMNS, -1)
         columns = (flags.amin(0) == 0).nonzero().squeeze(1)
         flags, x = flags.index_select(1, columns), x.index_select(1, columns)
@@ -244,7 +362,7 @@ def _where_zero(flags: Tensor, x: Tensor) -> Tensor:
 
 @_one_thread()
 def _keep(score: Scores, value: float, ties: int) -> tuple[Tensor, int]:
-    """Mask one tensor, pruning the first `ties` of its ties; also say how many ties are left."""
+    """The mask of one tensor, without its first `ties` ties; also return how many ties are left."""
     function, tensors = _parts(score)
     mask = torch.empty_like(tensors[0], dtype=torch.bool)
     for *pieces, keep in _cut(*tensors, mask):
@@ -261,14 +379,14 @@ def _keep(score: Scores, value: float, ties: int) -> tuple[Tensor, int]:
 
 
 def _parts(score: Scores) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """Split into an elementwise function and the tensors it is to be applied to."""
+    """Split scores into an elementwise function and its tensors."""
     if isinstance(score, Elementwise):
         return partial(score.func, **score.keywords), score.args
     return (lambda x: x), (score(),)
 
 
 def _cut(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape alike into views of at most a chunk, in row-major order."""
+    """Split tensors of the same shape into views of at most a chunk, in row-major order."""
     if all(t.is_contiguous() for t in tensors):
         tensors = tuple(t.view(-1) for t in tensors)
     chunk = _CPU_CHUNK if tensors[0].device.type == "cpu" else _CHUNK
@@ -281,7 +399,7 @@ def _cut(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _wide(scores: Tensor) -> Tensor:
-    """Widen half precision to float32, exactly: it is compared faster, and counts further."""
+    """Convert half precision to float32, which is exact, faster to compare and counts higher."""
     return scores.float() if scores.itemsize < 4 else scores
 
 
@@ -290,25 +408,25 @@ def _integers(*numbers: int) -> Tensor:
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Join a few collected scores on one device, in the widest dtype among them."""
+    """Concatenate a few collected scores on one device, promoting their dtypes."""
     return torch.cat([t.to(tensors[0].device) for t in tensors])
 
 
 def _order_statistic(values: Tensor, index: int) -> float:
-    """Return the value that stands at `index` once sorted; infinite beyond either end."""
+    """Return the value at `index` in sorted order; infinite beyond either end."""
     if index < 0:
         return -math.inf
     if index >= values.numel():
         return math.inf
-    # Not kthvalue, which takes quadratic time on descending values, and on CUDA is slow on any.
+    # kthvalue takes quadratic time on descending values, and is slow on CUDA.
     return float(values.topk(index + 1, largest=False, sorted=False).values.max())
 
 
 def _round_down(value: float, dtype: torch.dtype) -> float:
     """Return the largest number of `dtype` that is at most `value`.
 
-    A float32 tensor compared with a number is compared with the nearest float32, which may lie on
-    the wrong side of it. Of float32 scores s, s <= value is exactly s <= _round_down(value).
+    A float32 tensor is compared with the float32 nearest to a number, which may be on the wrong
+    side of it. For float32 scores s, s <= value is equivalent to s <= _round_down(value).
     """
     near = torch.tensor(value, dtype=dtype)
     if float(near) > value:

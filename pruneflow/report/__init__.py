@@ -1,1 +1,1 @@
-"""What a person looks at after a run."""
+"""The report of a run: facts, tables, plots, Markdown and HTML."""

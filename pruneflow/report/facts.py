@@ -1,4 +1,4 @@
-"""What a run found, in plain builtins: the contents of report.json."""
+"""The results of a run, in plain builtins: the contents of report.json."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import TypedDict
 
 from pruneflow.deploy.classifying import Description
 from pruneflow.deploy.forms import Form
-from pruneflow.pruning.plan import Plan, pruned_count
+from pruneflow.pruning.plan import Plan
+from pruneflow.pruning.schedules import pruned_count
 from pruneflow.structure.sparsity import SparsityReport
 
 
 class PlannedRound(TypedDict):
-    """One line of the plan; None where the sparsity is not known ahead."""
+    """One line of the plan; None if the sparsity is not known in advance."""
 
     round: int
-    at: int  # the epoch at whose start it prunes, from 0 over the whole run
+    at: int  # the epoch at whose start it prunes, counted from 0 over the whole run
     amount: float | None  # of the remaining weights
     sparsity: float | None  # cumulative
     kept: int | None
@@ -31,7 +32,7 @@ class DensePhase(TypedDict):
 
 
 class FinishedRound(TypedDict):
-    """What one round did; accuracies are validation accuracies."""
+    """The result of one round; accuracies are validation accuracies."""
 
     round: int
     epoch: int  # at whose start it pruned
@@ -42,19 +43,19 @@ class FinishedRound(TypedDict):
 
 
 class Final(TypedDict):
-    """The network that the run hands over."""
+    """The final network."""
 
     sparsity: float
-    removed: float  # fraction of what the target counts: of the weights, or of their costs
+    removed: float  # fraction of the weights, or of their costs if the target counts those
     val_accuracy: float
     test_accuracy: float
-    test_per_class: list[float | None]  # None: no picture of that class was tested
-    tested: int  # pictures, of `test_pictures`
+    test_per_class: list[float | None]  # None: no test image of that class
+    tested: int  # number of images tested, out of `test_pictures`
     test_pictures: int | None  # None: not known
 
 
 class Size(TypedDict):
-    """Counts over all parameters; multiply-adds for one sample; bytes of the files."""
+    """Number of parameters, multiply-adds for one sample, and file sizes in bytes."""
 
     parameters: int
     remaining: int
@@ -85,7 +86,7 @@ class Setup(TypedDict):
     versions: dict[str, str]
     commit: str | None
     machine: str
-    target: float | None  # None: not known ahead
+    target: float | None  # None: not known in advance
     scope: str
     schedule: str
     importance: str
@@ -108,16 +109,16 @@ class Facts(Setup):
     size: Size
     layers: list[Layer]
     example: str | None  # the class of example.png; None: there is no such file
-    forms: list[Form]  # empty where none were asked for
+    forms: list[Form]  # empty unless requested
     seconds: dict[str, float]  # stage -> wall time
 
 
 def planned_rounds(plan: Plan, weights: int | None) -> list[PlannedRound]:
-    """The lines of a plan.
+    """The rounds of a plan.
 
     Args:
         plan: The plan.
-        weights: Number of prunable weights; None where something else is counted.
+        weights: Number of prunable weights; None if targets count something else.
     """
     return [
         {
@@ -134,7 +135,7 @@ def planned_rounds(plan: Plan, weights: int | None) -> list[PlannedRound]:
 
 
 def size(report: SparsityReport, folder: Path) -> Size:
-    """What is left, and the bytes of the files in a run folder."""
+    """Remaining parameters and multiply-adds, and the file sizes in a run folder."""
     return {
         "parameters": report.parameters,
         "remaining": report.remaining,

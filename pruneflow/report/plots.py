@@ -1,7 +1,7 @@
-"""The figures of a report. They know nothing of runs: plain numbers in, matplotlib figures out.
+"""The figures of a report: plain numbers in, matplotlib figures out.
 
-Figures are built with matplotlib's object-oriented API, so that a report leaves the pyplot state of
-a notebook alone. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+They use matplotlib's object-oriented API, so that a report does not change the pyplot state of a
+notebook, and the colour-blind safe palette of Okabe and Ito.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _BLUE, _SKY, _ORANGE, _GREEN, _GREY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#6b6b6b"
-_WIDTH, _DPI = 9.0, 150  # inches, dots an inch: 1350 px wide
+_WIDTH, _DPI = 9.0, 150  # inches, dots per inch: 1350 px wide
 
 
 def _figure(height: float) -> Figure:
@@ -35,7 +35,7 @@ def _percent_axis(axes: Axes) -> None:
 
 
 def _spaced(positions: Sequence[float], gap: float) -> list[int]:
-    """Indices of ascending positions that stand at least `gap` apart, the last always among them.
+    """Indices of ascending positions at least `gap` apart, always including the last.
 
     Example:
         >>> _spaced([0, 1, 2, 3, 9, 10], gap=2)
@@ -52,7 +52,7 @@ def _spaced(positions: Sequence[float], gap: float) -> list[int]:
 def _series(
     history: Sequence[Mapping[str, float | str | None]], key: str
 ) -> tuple[list[float], list[float]]:
-    """Epochs finished and values of one column, without the epochs that lack it."""
+    """Epochs finished and values of one column, without missing values."""
     pairs = [
         (float(epoch) + 1, float(value))
         for row in history
@@ -62,7 +62,7 @@ def _series(
 
 
 def sparsity_text(fraction: float) -> str:
-    """Format a sparsity with two significant digits of what remains, so it never reads 100 %.
+    """Format a sparsity with two significant digits of the density, so it is never 100 %.
 
     Example:
         >>> [sparsity_text(fraction) for fraction in (0.0, 0.98, 0.99951, 0.999995)]
@@ -81,10 +81,10 @@ def accuracy_figure(
     """Draw training and validation accuracy over the epochs, and the sparsity below them.
 
     Args:
-        history: One row an epoch with `epoch` (from 0), `train_accuracy`, `val_accuracy` and
+        history: One row per epoch with `epoch` (from 0), `train_accuracy`, `val_accuracy` and
             `sparsity`; any of them may be None.
         rounds: (round, epoch at whose start it pruned, accuracy right after pruning).
-        dense_epochs: How many epochs the dense phase took; they are shaded.
+        dense_epochs: Number of epochs of the dense phase, which is shaded.
 
     Example:
         >>> history = [{"epoch": 0, "train_accuracy": 0.5, "val_accuracy": 0.6, "sparsity": 0.0}]
@@ -139,7 +139,7 @@ def accuracy_figure(
 
 
 def _shortened(name: str, length: int = 44) -> str:
-    """Shorten a long name part by part, the longest parts first, so that its numbers stay.
+    """Shorten the longest parts of a long name, so that its numbers remain readable.
 
     Example:
         >>> _shortened("encoder.blocks.11.attention.projection.weight", length=34)
@@ -158,7 +158,7 @@ def _shortened(name: str, length: int = 44) -> str:
 
 
 def density_figure(layers: Sequence[tuple[str, int, int]]) -> Figure:
-    """Draw how much of each layer was kept; logarithmic once some layer keeps less than a fifth.
+    """Draw the density of each layer; logarithmic if any is below 20 %.
 
     Args:
         layers: (name, weights kept, weights); a layer without weights counts as empty.
@@ -176,7 +176,7 @@ def density_figure(layers: Sequence[tuple[str, int, int]]) -> Figure:
     overall = sum(kept for _, kept, _ in layers) / max(sum(n for *_, n in layers), 1)
     smallest = min((density for density in [*densities, overall] if density > 0), default=1.0)
     if smallest < 0.2:
-        # The left edge stands half below the smallest bar, so that even that one has a length.
+        # The left edge is at half the smallest density, so that even this bar has a length.
         axes.set_xscale("log")
         axes.set_xlim(smallest / 2, 1)
         decades = -math.log10(smallest)
@@ -207,10 +207,10 @@ def density_figure(layers: Sequence[tuple[str, int, int]]) -> Figure:
 
 
 def rounds_figure(dense: float, rounds: Sequence[tuple[float, float, float]]) -> Figure:
-    """Draw accuracy against sparsity, a point a round; the horizontal axis is log(weights kept).
+    """Draw accuracy against sparsity, one point per round, on an axis of log(weights kept).
 
-    The upper panel looks closely at the fine-tuned networks, the lower one shows the whole range
-    that the just pruned ones fall through.
+    The upper panel shows the fine-tuned networks; the lower one the whole range, including the
+    networks right after pruning.
 
     Args:
         dense: Validation accuracy of the dense network.
@@ -247,7 +247,7 @@ def rounds_figure(dense: float, rounds: Sequence[tuple[float, float, float]]) ->
     )
     upper.set_ylabel("validation accuracy, close up")
     lower.set_ylabel("whole range")
-    # Never closer than two points: noise should look like noise.
+    # At least two percentage points high, so that noise looks like noise.
     heights = [height for height in (dense, *tuned) if math.isfinite(height)] or [0.0]
     low, high = min(heights), max(heights)
     room = max(0.12 * (high - low), (0.02 - (high - low)) / 2)

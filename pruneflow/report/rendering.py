@@ -1,6 +1,6 @@
 """Render a report as Markdown and as one self-contained HTML page.
 
-The cells of a `Document` are text already, so the two renderings of it cannot disagree.
+The cells of a `Document` are text, so that both renderings agree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from html import escape
 
 @dataclass(frozen=True)
 class Section:
-    """A title with any of Python code, a table, plots (file stem -> what it shows) and a note."""
+    """A title with optional Python code, table, plots (file stem, caption) and note."""
 
     title: str
     note: str = ""
@@ -24,7 +24,7 @@ class Section:
     plots: tuple[tuple[str, str], ...] = ()
 
     def numeric(self, column: int) -> bool:
-        """Whether a column holds figures, which are set flush right."""
+        """Whether a column holds numbers, which are right-aligned."""
         return column > 0 and all(re.match(r"[\d−–≈]|$", row[column]) for row in self.rows)
 
 
@@ -36,12 +36,12 @@ class Document:
     verdict: str
     explanation: str
     reached: bool
-    warning: str  # what limits all that follows; empty where nothing does
+    warning: str  # a limitation of all results, or ""
     sections: tuple[Section, ...]
 
 
 def _markdown_cell(text: str) -> str:
-    r"""Escape what Markdown would read as markup; underscores inside words are none.
+    r"""Escape Markdown; underscores inside words are not markup.
 
     Example:
         >>> print(_markdown_cell("a|b <i> *x* weight_ih __main__"))
@@ -138,7 +138,7 @@ def _html_table(section: Section) -> str:
 
 
 def html(document: Document, images: Mapping[str, bytes]) -> str:
-    """The document as one HTML page, with the PNG `images` of its plots inside."""
+    """The document as one HTML page, with the PNG `images` of its plots embedded."""
     parts = []
     for section in document.sections:
         parts.append(f"<h2>{escape(section.title)}</h2>")

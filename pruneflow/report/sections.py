@@ -1,4 +1,4 @@
-"""What a report says: the facts of a run as titles, notes and tables whose cells are text."""
+"""The contents of a report: the facts of a run as titles, notes and tables of text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _points(change: float) -> str:
 
 
 def _verdict(facts: Facts) -> tuple[str, str, bool]:
-    """Say in a headline and a sentence what came out, and whether the target was reached."""
+    """Headline, explanation, and whether the target was reached."""
     dense, final, target = facts["dense"], facts["final"], facts["target"]
     weights = sum(layer["weights"] for layer in facts["layers"])
     pruned = sum(layer["zeros"] for layer in facts["layers"])
@@ -62,34 +62,34 @@ def _verdict(facts: Facts) -> tuple[str, str, bool]:
         f"{_percent(final['test_accuracy'])} ({_points(change)})."
     )
     if target is None:
-        return "Sparsity was not known ahead.", f"{what}. {accuracy}", True
+        return "Sparsity was not known in advance.", f"{what}. {accuracy}", True
     if facts["costs"] is not None:
         reached = final["removed"] >= target * (1 - 1e-9)
         what = (
             f"{_sparsity(final['removed'])} of the {_costs(facts)} of prunable weights "
-            f"{'is' if facts['costs'] == 'latency' else 'are'} gone: {what}"
+            f"{'is' if facts['costs'] == 'latency' else 'are'} removed: {what}"
         )
         over = final["removed"] - target
         if not reached:
             explanation = f"{what} (target {_sparsity(target)}). {accuracy}"
             return "Target not reached.", explanation, False
         return _reached(facts, what, over, accuracy)
-    # Every tensor that competes for itself rounds its own count of pruned weights.
+    # With a scope per tensor, each tensor rounds its number of pruned weights.
     missing = target * weights - pruned
     if missing > 0.5 * len(facts["layers"]):
         done, planned = len(facts["rounds"]), len(facts["plan"])
-        whole = " A method that removes whole filters hits a target only nearly."
+        hint = " Methods that remove whole filters only approximate the target."
         explanation = (
-            f"{what} where {_sparsity(target)} was asked for: {math.ceil(missing):,} weights "
-            f"short, after {done} of {planned} rounds.{whole if done == planned else ''} {accuracy}"
+            f"{what}, {math.ceil(missing):,} weights short of the target of {_sparsity(target)}, "
+            f"after {done} of {planned} rounds.{hint if done == planned else ''} {accuracy}"
         )
         return "Target not reached.", explanation, False
     if not facts["rounds"]:
-        return "Nothing was pruned.", f"{what}; no rounds were asked for. {accuracy}", True
+        return "Nothing was pruned.", f"{what}; no rounds were planned. {accuracy}", True
     return _reached(facts, what, pruned / weights - target if weights else 0.0, accuracy)
 
 
-_OVERSHOT = 0.005  # of what is counted; less goes with the rounding of counts
+_OVERSHOT = 0.005  # fraction of the weights or costs; less may be due to rounding
 
 
 def _reached(facts: Facts, what: str, over: float, accuracy: str) -> tuple[str, str, bool]:
@@ -97,34 +97,34 @@ def _reached(facts: Facts, what: str, over: float, accuracy: str) -> tuple[str, 
     if over <= _OVERSHOT:
         return "Target reached.", f"{what} (target {target}). {accuracy}", True
     parts = {
-        "Channels": "whole channels go, in wide layers 16 at a time",
-        "Block": "whole blocks go",
+        "Channels": "whole channels are removed, 16 at a time in wide layers",
+        "Block": "whole blocks are removed",
     }
-    whole = parts.get(facts["granularity"].partition("(")[0], "what goes together goes as a whole")
-    more = f"{100 * over:.2f} points more than the target of {target}, since {whole}"
+    reason = parts.get(facts["granularity"].partition("(")[0], "weights are removed in groups")
+    more = f"{100 * over:.2f} points more than the target of {target}, since {reason}"
     return "Target exceeded.", f"{what}. This is {more}. {accuracy}", True
 
 
 def _costs(facts: Facts) -> str:
-    """What a target counts. Latency is a sum of prices per weight, so it is estimated."""
+    """What a target counts. Latency is an estimate: a sum of costs per weight."""
     costs = (facts["costs"] or "weights").replace("_", "-")
     return f"estimated {costs}" if costs == "latency" else costs
 
 
 def _limits(facts: Facts) -> str:
-    """Say it where only some of the test set was tested."""
+    """A sentence if only part of the test set was used, or ""."""
     tested, pictures = facts["final"]["tested"], facts["final"]["test_pictures"]
     if pictures is None or tested >= pictures:
         return ""
     return (
-        f"Only {tested:,} of {pictures:,} test pictures were tested (trainer.limit_test_batches): "
-        "all test accuracies here are those of that part."
+        f"Only {tested:,} of {pictures:,} test images were used (trainer.limit_test_batches): all "
+        "test accuracies refer to these."
     )
 
 
 def _target(facts: Facts) -> str:
     if facts["target"] is None:
-        return "target: not known ahead"
+        return "target: not known in advance"
     counted = "" if facts["costs"] is None else f" of {_costs(facts)}"
     return f"target: {_sparsity(facts['target'])}{counted}"
 
@@ -177,7 +177,7 @@ def _before_and_after(facts: Facts) -> Section:
                 f"{size['dense_bytes'] / size['packed_bytes']:.1f}× smaller",
             ),
         ),
-        note="The theoretical speed-up counts multiply-adds that remain; it is no measured time.",
+        note="The theoretical speed-up is a ratio of multiply-adds, not of measured times.",
     )
 
 
@@ -279,20 +279,20 @@ def _origin(facts: Facts) -> Section:
 
 
 def forms_section(forms: Sequence[Form]) -> Section:
-    """The table of what each form is worth."""
+    """The table that compares all forms."""
     header, *rows = table(forms)
     return Section(
-        title="What is handed over",
+        title="Deployment formats",
         header=header,
         rows=tuple(rows),
         note=(
-            "Each form is built from its file and measured on the CPU: latencies in turns in one "
-            "process, peak memory in a process of its own (on Linux), accuracy on the test set. "
-            "After ± stands how far the middle half of the times spread; where that is more than a "
-            "tenth, ≈ marks the time and the ratios it is part of, and figures of a quieter "
-            "machine may differ. In brackets: the dense network in PyTorch divided by this form; "
-            "more than 1 is better. "
-            "No gain is what is no smaller than that, or no faster than the fastest dense form."
+            "Each form is built from its file and measured on the CPU: latency in turns in one "
+            "process, peak memory in a separate process (on Linux), accuracy on the test set. "
+            "Times are medians ± half the interquartile range; if that is more than 10 %, the time "
+            "and ratios with it are marked by ≈ and may differ on an idle machine. In brackets: "
+            "the dense network in PyTorch divided by this form; more than 1 is better. No gain: "
+            "not smaller than the dense network in PyTorch, or not faster than the fastest dense "
+            "form."
         ),
     )
 
@@ -300,8 +300,8 @@ def forms_section(forms: Sequence[Form]) -> Section:
 _READ_BY = {
     "model.safetensors": "PyTorch: load_state_dict(safetensors.torch.load_file(FILE))",
     "model.packed": "pruneflow: load_state_dict(pruneflow.deploy.load_packed(FILE))",
-    "shrunk.pt2": "PyTorch alone, without the model's code: torch.export.load(FILE).module()",
-    "shrunk.onnx": "ONNX Runtime and whatever else takes ONNX",
+    "shrunk.pt2": "PyTorch, without the model's code: torch.export.load(FILE).module()",
+    "shrunk.onnx": "ONNX Runtime and other tools that support ONNX",
 }
 
 
@@ -318,8 +318,7 @@ def _files(facts: Facts) -> Section:
         header=("file", "bytes", "read by"),
         rows=tuple((name, _count(bytes_), _READ_BY[name]) for name, bytes_ in written.items()),
         note=(
-            "The shrunk ones take batches of any size of images of the size that the network was "
-            "tested on."
+            "The shrunk files accept any batch size, but only images of the size used for testing."
             if shrunk
             else ""
         ),
@@ -332,31 +331,31 @@ def _use(facts: Facts, folder: str) -> Section:
         return Section(
             title="Use it",
             note=(
-                "The datamodule has no `mean` and `std`, so the files do not say how pictures "
-                "become inputs: load_classifier needs both."
+                "The datamodule has no `mean` and `std`, so the files do not describe how to "
+                "normalise images: load_classifier needs both."
             ),
         )
     picture = f"{folder}/example.png" if facts["example"] is not None else "picture.png"
-    shown = "" if facts["example"] is None else f" example.png is of class {facts['example']}."
+    shown = "" if facts["example"] is None else f" The class of example.png is {facts['example']}."
     channels, height, width = about["image_shape"]
     return Section(
         title="Use it",
         code=snippet(about, folder, picture),
         note=(
-            f"From the folder that the run was started in.{shown} Any picture will do: it is made "
-            f"{'grey' if channels == 1 else 'RGB'}, cropped and resized to {width} × {height} "
-            "pixels. The names of the classes, mean and std stand in report.json and in the "
-            "metadata of model.safetensors, model.packed and shrunk.onnx."
+            f"Run this in the folder in which the run was started.{shown} Any image can be used: "
+            f"it is converted to {'grey' if channels == 1 else 'RGB'}, cropped and resized to "
+            f"{width} × {height} pixels. The class names, mean and std are in report.json and in "
+            "the metadata of model.safetensors, model.packed and shrunk.onnx."
         ),
     )
 
 
 def document(facts: Facts, folder: str) -> Document:
-    """All that a report says about a run.
+    """The report of a run.
 
     Args:
-        facts: What it found.
-        folder: Where its files lie, as seen from where it was started.
+        facts: Its results.
+        folder: Path of its folder, relative to where it was started.
     """
     verdict, explanation, reached = _verdict(facts)
     per_class = zip(facts["classes"], facts["final"]["test_per_class"], strict=True)

@@ -1,8 +1,4 @@
-"""Turn the facts of one finished run into `report.json`, `report.md`, `report.html` and `plots/`.
-
-The report is built once, as a `Document`; Markdown and HTML are two renderings of it and cannot
-disagree.
-"""
+"""Write the report of a run: `report.json`, `report.md`, `report.html` and `plots/`."""
 
 from __future__ import annotations
 
@@ -51,7 +47,7 @@ def _figures(
 
 
 def _without_nan(value: object) -> object:
-    """Replace what JSON cannot say (NaN and infinities) by None.
+    """Replace NaN and infinities, which JSON does not support, by None.
 
     Example:
         >>> _without_nan({"loss": [1.0, float("nan")]})
@@ -69,17 +65,16 @@ def write_report(
 ) -> None:
     """Write report.json, report.md, report.html and plots/ into a run folder.
 
-    Each file is written whole or not at all, `report.json` first: the others follow from it and
-    the history.
+    Each file is written atomically, `report.json` first.
 
     Args:
         folder: The run folder.
-        facts: What the run found, in plain builtins.
-        history: One row an epoch over both stages: `stage` ("dense" or "rounds"), `epoch` (from
-            0), `round`, `sparsity`, `lr` (that of the epoch's first step), `train_loss`,
+        facts: The results of the run.
+        history: One row per epoch of both stages: `stage` ("dense" or "rounds"), `epoch` (from 0),
+            `round`, `sparsity`, `lr` (at the first step of the epoch), `train_loss`,
             `train_accuracy`, `val_loss`, `val_accuracy`; any of them may be None.
     """
-    contents = document(facts, _seen_from_here(folder))
+    contents = document(facts, _relative(folder))
     facts_json = json.dumps(_without_nan(facts), indent=2, ensure_ascii=False, allow_nan=False)
     with write_whole(folder / "report.json") as path:
         path.write_text(facts_json + "\n", encoding="utf-8")
@@ -94,23 +89,23 @@ def write_report(
         path.write_text(html(contents, images), encoding="utf-8")
 
 
-def _seen_from_here(folder: Path) -> str:
-    """The path of a folder, relative where it lies in the present one."""
+def _relative(folder: Path) -> str:
+    """The path of a folder, relative if it is in the current folder."""
     folder = folder.resolve()
     here = Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def summary(facts: Facts) -> RichTable:
-    """Build the short table, before and after, that a run prints at its end with rich.
+    """Build the table "Before and after" that a run prints at its end with rich.
 
     Example:
         `rich.print(summary(facts))`
     """
     contents = document(facts, ".")
-    said = f"{contents.verdict} {contents.explanation}"
-    caption = "\n".join(filter(None, [said, contents.warning]))
-    return _printed(contents.sections[0], contents.title, caption)
+    verdict = f"{contents.verdict} {contents.explanation}"
+    caption = "\n".join(filter(None, [verdict, contents.warning]))
+    return _rich_table(contents.sections[0], contents.title, caption)
 
 
 def forms_summary(forms: Sequence[Form]) -> RichTable:
@@ -120,13 +115,13 @@ def forms_summary(forms: Sequence[Form]) -> RichTable:
     notes = [f"{name}: {note}" for name, *_, note in section.rows if note]
     rows = tuple(row[:-1] for row in section.rows)
     narrow = replace(section, header=section.header[:-1], rows=rows)
-    return _printed(narrow, section.title, "\n".join([*notes, section.note]))
+    return _rich_table(narrow, section.title, "\n".join([*notes, section.note]))
 
 
-def _printed(section: Section, title: str, caption: str) -> RichTable:
-    printed = RichTable(title=Text(title), caption=Text(caption), caption_justify="left")
+def _rich_table(section: Section, title: str, caption: str) -> RichTable:
+    result = RichTable(title=Text(title), caption=Text(caption), caption_justify="left")
     for index, name in enumerate(section.header):
-        printed.add_column(name, justify="right" if section.numeric(index) else "left")
+        result.add_column(name, justify="right" if section.numeric(index) else "left")
     for row in section.rows:
-        printed.add_row(*(Text(cell) for cell in row))
-    return printed
+        result.add_row(*(Text(cell) for cell in row))
+    return result

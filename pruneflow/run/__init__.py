@@ -1,1 +1,1 @@
-"""`python -m pruneflow`; Hydra is used here only."""
+"""`python -m pruneflow`, the only part that uses Hydra."""

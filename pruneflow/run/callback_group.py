@@ -1,4 +1,4 @@
-"""The group `callbacks` of the configuration: built, and checked before anything runs."""
+"""Build the callbacks of the config group `callbacks`, and check them before anything runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from pruneflow.errors import expect
 from pruneflow.pruning.masking import Masking, Reparametrize
 from pruneflow.run.preflight import building
 from pruneflow.training.callback import PruningCallback
@@ -23,83 +24,85 @@ from pruneflow.training.checkpoint import SparsityCheckpoint
 
 _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
-# What Classifier logs, and what is best.
+# Metric logged by Classifier -> mode.
 _METRICS = {"val_loss": "min", "val_accuracy": "max", "train_loss": "min", "train_accuracy": "max"}
 
 
 def build_callbacks(config: DictConfig) -> dict[str, L.Callback]:
-    """Build the callbacks of the Trainer, by the keys of their nodes.
+    """Build the callbacks of the Trainer.
+
+    Returns:
+        Config key -> callback.
 
     Raises:
-        ValueError: If one is refused, or is none.
+        ValueError: If one cannot be built, or is not a callback.
     """
     built: dict[str, L.Callback] = {}
     for name, node in (config.get("callbacks") or {}).items():
         key = f"callbacks.{name}"
         with building(key):
             callback = instantiate(node) if OmegaConf.is_dict(node) else node
-        if isinstance(callback, L.Callback):
+        if callback is not None:
+            valid, remedy = isinstance(callback, L.Callback), "set its `_target_`, or leave it out"
+            expect(valid, key, "build a Lightning callback", repr(callback), remedy)
             built[key] = callback
-        elif callback is not None:
-            raise ValueError(
-                f"`{key}` must build a Callback of Lightning, got {callback!r}; give it a "
-                "`_target_`, or leave it out"
-            )
     return built
 
 
 def check_callbacks(
     callbacks: Mapping[str, L.Callback], logger: Logger | None, masking: Masking | None
 ) -> None:
-    """Refuse callbacks that clash with each other or with the rest of a run.
+    """Check that callbacks are compatible with each other and with the rest of a run.
 
     Raises:
-        ValueError: Naming them and the remedy.
+        ValueError: If they are not.
     """
     averages = [k for k, c in callbacks.items() if isinstance(c, _AVERAGES)]
-    if len(averages) > 1:
-        raise ValueError(
-            f"`callbacks` must average the weights once, got {', '.join(averages)}; leave one out"
-        )
-    if averages and isinstance(masking, Reparametrize):
-        raise ValueError(
-            f"`masking` must be in_place beside {averages[0]}, which averages parameters by their "
-            "order, got reparametrize; give masking=in_place"
-        )
+    names = ", ".join(averages)
+    expect(len(averages) <= 1, "callbacks", "average the weights once", names, "leave one out")
+    compatible = not averages or not isinstance(masking, Reparametrize)
+    expected = f"be in_place with {names}, which relies on the order of parameters"
+    expect(compatible, "masking", expected, "reparametrize", "set masking=in_place")
     for key, callback in callbacks.items():
-        if isinstance(callback, PruningCallback):
-            raise ValueError(
-                f"`{key}` must not be a PruningCallback, as a run has its own; set `schedule` and "
-                "`pruning` instead"
-            )
-        if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor) and logger is None:
-            raise ValueError(
-                f"`{key}` must have a logger to log to, got none; give logger=csv, or leave it out"
-            )
+        expect(
+            not isinstance(callback, PruningCallback),
+            key,
+            "not be a PruningCallback, as every run has one",
+            type(callback).__name__,
+            "set `schedule` and `pruning` instead",
+        )
+        needs_logger = isinstance(callback, LearningRateMonitor | DeviceStatsMonitor)
+        logged, remedy = not needs_logger or logger is not None, "set logger=csv, or leave it out"
+        expect(logged, key, "have a logger", "none", remedy)
 
 
 def check_monitors(callbacks: Mapping[str, L.Callback]) -> None:
-    """Refuse a metric that `Classifier` does not log, and one that is watched the wrong way round.
+    """Check that monitored metrics are logged by `Classifier`, and that the mode fits.
 
     Raises:
-        ValueError: Naming the key and the remedy.
+        ValueError: If not.
     """
     for key, callback in callbacks.items():
         if not isinstance(callback, EarlyStopping | SparsityCheckpoint):
             continue
         after_validation = isinstance(callback, SparsityCheckpoint)
         known = [name for name in _METRICS if not (after_validation and name.startswith("train"))]
-        if callback.monitor not in known:
-            raise ValueError(
-                f"`{key}.monitor` must be one of {', '.join(known)}, got {callback.monitor!r}; "
-                f"give {key}.monitor=val_accuracy"
-            )
-        best = _METRICS[callback.monitor]
-        if callback.mode != best:
-            raise ValueError(
-                f"`{key}.mode` must be {best!r} for {callback.monitor}, got {callback.mode!r}; "
-                f"give {key}.mode={best}"
-            )
+        monitor = str(callback.monitor)
+        expect(
+            monitor in known,
+            f"{key}.monitor",
+            f"be one of {', '.join(known)}",
+            repr(monitor),
+            f"set {key}.monitor=val_accuracy",
+        )
+        mode = _METRICS[monitor]
+        expect(
+            callback.mode == mode,
+            f"{key}.mode",
+            f"be {mode!r} for {monitor}",
+            repr(callback.mode),
+            f"set {key}.mode={mode}",
+        )
 
 
 def check_averages(
@@ -109,19 +112,19 @@ def check_averages(
     epochs: Mapping[str, range],
     steps: int | None,
 ) -> None:
-    """Refuse an average that cannot be made, or that a phase never updates.
+    """Check that averaged weights can be built, and that every phase updates them.
 
-    Such a phase would end with the weights that it began with.
+    Otherwise a phase would end with its initial weights.
 
     Args:
-        callbacks: By the keys of their nodes; not used again.
+        callbacks: Config key -> callback; not to be used again.
         trainer: Their Trainer.
-        module: What is trained.
+        module: The module to train.
         epochs: Phase -> its epochs, counted over the whole run.
-        steps: How many steps make an epoch; None where it is not known.
+        steps: Steps per epoch; None if not known.
 
     Raises:
-        ValueError: Naming the callback.
+        ValueError: If not.
     """
     for key, callback in callbacks.items():
         if not isinstance(callback, WeightAveraging):
@@ -134,8 +137,10 @@ def check_averages(
             count = steps * len(each)
             by_epoch = (callback.should_update(epoch_idx=epoch) for epoch in each)
             by_step = (callback.should_update(step_idx=step) for step in range(count))
-            if each and not any(by_epoch) and not any(by_step):
-                raise ValueError(
-                    f"`{key}` must begin to average in each phase, got none in {phase} (epochs "
-                    f"{each.start} to {each.stop - 1}, {count} steps); let it begin earlier"
-                )
+            expect(
+                not each or any(by_epoch) or any(by_step),
+                key,
+                "update the averaged weights in each phase",
+                f"no update in {phase} (epochs {each.start} to {each.stop - 1}, {count} steps)",
+                "start averaging earlier",
+            )

@@ -1,4 +1,4 @@
-"""What happened in each epoch and round, kept in metrics.csv while training runs."""
+"""Callbacks of a run: metrics.csv, accuracy after pruning, seeds, checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pruneflow.training.callback import PruningCallback
 from pruneflow.training.trainer import averaged_models
 
 _log = logging.getLogger(__name__)
-_log_file = logging.getLogger(f"{__name__}.file")  # which conf/config.yaml shows to no terminal
+_log_file = logging.getLogger(f"{__name__}.file")  # not shown on the terminal, see conf/config.yaml
 
 Row = dict[str, float | str | None]
 
@@ -40,23 +40,24 @@ COLUMNS = (
 
 
 class DivergedError(ValueError):
-    """Training has left weights that are NaN or infinite."""
+    """Training has diverged: weights are NaN or infinite."""
 
 
 class History(L.Callback):
-    """Write one row an epoch to a CSV file, whole each time, and log it as a line.
+    """Write one row per epoch to a CSV file and to the log.
 
-    Checkpoints hold the rows, so training that resumes cuts the file back to where it resumes.
+    The file is rewritten atomically. Checkpoints contain the rows, so that a resumed training
+    removes rows after its checkpoint.
 
     Args:
         path: The file.
-        stage: `"dense"` or `"rounds"`, for the rows to come.
-        rows: Rows of earlier stages, which stay.
-        epochs: Of the whole run, to tell how long it will take.
+        stage: `"dense"` or `"rounds"`, for new rows.
+        rows: Rows of earlier stages.
+        epochs: Number of epochs of the whole run, to estimate the remaining time.
 
     Attributes:
-        seconds: Wall time of the stage's epochs, without those that a kill broke off.
-        step: Optimizer steps since the whole run began, by which loggers go.
+        seconds: Wall time of the finished epochs of the stage.
+        step: Optimizer steps since the start of the run, for loggers.
     """
 
     def __init__(self, path: Path, stage: str, rows: list[Row], epochs: int) -> None:
@@ -72,31 +73,31 @@ class History(L.Callback):
         return {"rows": self.rows, "seconds": self.seconds, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state."""
         self.rows, self.seconds = state_dict["rows"], state_dict["seconds"]
         self.step = state_dict["step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the rows so far, also where a checkpoint leaves nothing to train."""
+        """Write the rows so far, in case there is nothing left to train."""
         self._began = time.perf_counter() - self.seconds
         self._write()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let loggers go on counting steps where the stage before ended, as epochs do."""
+        """Continue the step count of the previous stage, for loggers."""
         batches = trainer.num_training_batches
         if batches != math.inf:
             steps = math.ceil(batches / trainer.accumulate_grad_batches)
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.current_epoch * steps
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the learning rate that the epoch begins with."""
+        """Store the learning rate at the start of the epoch."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the row of this epoch.
 
         Raises:
-            DivergedError: If weights are no longer finite, so that more epochs are of no use.
+            DivergedError: If weights are no longer finite.
         """
         measured = {name: float(value) for name, value in trainer.callback_metrics.items()}
         fixed: Row = {
@@ -110,22 +111,22 @@ class History(L.Callback):
         self.seconds = time.perf_counter() - self._began
         self.step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._write()
-        self._say(trainer)
+        self._log_epoch(trainer)
         trained = (weight for weight in pl_module.parameters() if weight.requires_grad)
         if not all(bool(weight.isfinite().all()) for weight in trained):
             raise DivergedError(
-                "the training has diverged: NaN or infinity is in the weights after epoch "
-                f"{trainer.current_epoch}; lower optimizer.lr, or give trainer.gradient_clip_val=1"
+                f"training has diverged: weights are NaN or infinite after epoch "
+                f"{trainer.current_epoch}; lower optimizer.lr, or set trainer.gradient_clip_val=1"
             )
 
-    def _say(self, trainer: L.Trainer) -> None:
+    def _log_epoch(self, trainer: L.Trainer) -> None:
         epochs = [row["stage"] for row in self.rows].count(self.stage)
         left = self.seconds / epochs * (self.epochs - trainer.current_epoch - 1)
         line = epoch_line(self.rows[-1], self.epochs, left)
         bar = trainer.progress_bar_callback
         if bar is None:
             _log.info(line)
-        else:  # a line of its own on the terminal, above the bar
+        else:  # on the terminal, the line appears above the bar
             _log_file.info(line)
             bar.print(line)
 
@@ -137,12 +138,12 @@ class History(L.Callback):
 
 
 def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
-    r"""An epoch in words.
+    r"""Format the metrics of an epoch.
 
     Args:
-        row: What happened in it.
-        epochs: Of the whole run.
-        left: Seconds that the rest of them will take.
+        row: Row of `metrics.csv`.
+        epochs: Number of epochs of the whole run.
+        left: Remaining time in seconds.
 
     Example:
         >>> row = dict(zip(COLUMNS, ("rounds", 4, 2, 0.75, 0.1, 0.5, 0.88, 0.6, 0.8125)))
@@ -165,13 +166,13 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
 
 
 class RoundWatch(L.Callback):
-    """Measure validation accuracy right after each prune, before any fine-tuning.
+    """Measure validation accuracy right after each prune, before fine-tuning.
 
-    As in every validation it is that of the averaged weights, if a callback averages them. Stands
-    after the `PruningCallback` in the list of callbacks.
+    As in Lightning's validation, averaged weights are used if there are any. It must come after the
+    `PruningCallback` in the list of callbacks.
 
     Args:
-        pruning: The callback to watch.
+        pruning: The PruningCallback.
     """
 
     def __init__(self, pruning: PruningCallback) -> None:
@@ -183,14 +184,14 @@ class RoundWatch(L.Callback):
         return {"rounds": self.rounds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state."""
         self.rounds = state_dict["rounds"]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure if a round has just pruned."""
         done = len(self.rounds)
         if self.pruning.round > done:
-            assert self.pruning.pruner is not None  # training is on
+            assert self.pruning.pruner is not None  # during training
             masks = self.pruning.pruner.weight_masks
             self.rounds.append(
                 {
@@ -198,19 +199,18 @@ class RoundWatch(L.Callback):
                     "epoch": trainer.current_epoch,
                     "sparsity": masks.sparsity,
                     "kept": masks.weights - masks.pruned,
-                    "pruned_accuracy": _accuracy(trainer, _validated(trainer, pl_module)),
+                    "pruned_accuracy": _accuracy(trainer, _validated_model(trainer, pl_module)),
                 }
             )
 
 
 class ReseedEachEpoch(L.Callback):
-    """Make all random numbers of an epoch a function of (seed, epoch, rank).
+    """Seed every epoch from (seed, epoch, rank).
 
-    Dropout then does not depend on where training began, so neither a cached dense phase nor a
-    resumed run changes anything.
+    This makes results independent of a cached dense phase and of resuming.
 
     Args:
-        seed: The experiment's seed.
+        seed: The seed of the experiment.
     """
 
     def __init__(self, seed: int) -> None:
@@ -226,12 +226,11 @@ class ReseedEachEpoch(L.Callback):
 
 
 class SaveEachEpoch(Checkpoint):
-    """Save a checkpoint at the end of each epoch, to resume from; the last one when training ends.
+    """Save a checkpoint to resume from at the end of each epoch, and at the end of training.
 
-    Callbacks may leave another model when training ends, such as an average of its weights: what is
-    saved then is the model that they leave, and resuming from it trains nothing.
-
-    Lightning calls it after all callbacks of other kinds, so that it holds what they have noted.
+    The last checkpoint has the final model, which other callbacks may have changed at the end of
+    training, for example to averaged weights. As a `Checkpoint`, it runs after all other callbacks,
+    so that it contains their latest state.
 
     Args:
         path: The file.
@@ -242,26 +241,26 @@ class SaveEachEpoch(Checkpoint):
         self._stop = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether something, such as early stopping, wants to end the training."""
+        """Whether training has been stopped, for example by early stopping."""
         return {"stop": self._stop}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state."""
         self._stop = state_dict["stop"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End at once where training had ended."""
+        """Stop at once if training had been stopped."""
         trainer.should_stop = self._stop
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, unless this was the last epoch."""
-        assert trainer.max_epochs is not None  # so in every stage
+        assert trainer.max_epochs is not None  # set in every stage
         stops = trainer.should_stop and trainer.fit_loop._can_stop_early
         if trainer.current_epoch + 1 < trainer.max_epochs and not stops:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what the other callbacks have left."""
+        """Save the final model."""
         self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -269,17 +268,17 @@ class SaveEachEpoch(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
-def _validated(trainer: L.Trainer, pl_module: L.LightningModule) -> nn.Module:
-    """The model whose weights Lightning puts in place for a validation."""
+def _validated_model(trainer: L.Trainer, pl_module: L.LightningModule) -> nn.Module:
+    """The model whose weights Lightning validates."""
     for name, average in averaged_models(trainer):
-        if name != StochasticWeightAveraging.__name__:  # which does so in the end alone
+        if name != StochasticWeightAveraging.__name__:  # swaps weights at the end of training only
             return average
     return pl_module
 
 
 @torch.no_grad()
 def _accuracy(trainer: L.Trainer, model: nn.Module) -> float:
-    # `trainer.validate` cannot run inside `fit`, hence a loop of our own.
+    # `trainer.validate` cannot be called during `fit`.
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     limit = trainer.limit_val_batches
     batches = len(loader)

@@ -1,4 +1,4 @@
-"""Hydra entry point only."""
+"""The command line: Hydra's entry point, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from pruneflow.report.facts import Facts
 from pruneflow.report.sections import document
 from pruneflow.report.writing import forms_summary, summary
 from pruneflow.run.callbacks import DivergedError
-from pruneflow.run.deploy_task import Deployment
+from pruneflow.run.deploy_task import DeployTask
 from pruneflow.run.ends import TARGET_MISSED, no_space, signals
 from pruneflow.run.experiment import Experiment
 from pruneflow.run.folder import (
     check_resumed,
     drop_checkpoints,
-    given,
     is_finished,
+    is_set,
     read_facts,
     run_folder,
 )
-from pruneflow.run.names import let_hidden_through, note_old_names, rename_keys
+from pruneflow.run.names import allow_hidden, log_old_names, rename_keys
 from pruneflow.run.preflight import BuildError, check_folder, unwrap
 from pruneflow.run.recipes import check_recipe, store_recipes
 from pruneflow.run.resources import resource_dir
@@ -53,24 +53,24 @@ def _run(config: DictConfig) -> float | None:
     try:
         lock.acquire()
         check_recipe(recipe, dict(settings.runtime.choices))
-        note_old_names(settings.runtime.choices, rename_keys(config))
+        log_old_names(settings.runtime.choices, rename_keys(config))
         if config.resume and config.task == "prune":
             check_resumed(config, folder)
             if is_finished(folder):
-                _log.info("Finished already: %s (task=deploy measures its forms anew)", folder)
-                drop_checkpoints(folder)  # a run killed just before it ended has left them
+                _log.info("Already finished: %s (task=deploy measures its forms again)", folder)
+                drop_checkpoints(folder)  # left by a run that was killed just before its end
                 return _show(read_facts(folder), folder)
         job = _prepare(config, folder, recipe)
     except Timeout:
         sys.exit(
-            f"pruneflow: `hydra.run.dir` is expected to be used by one run at a time, but another "
-            f"one is writing to {folder}; wait for it, or choose another folder"
+            f"pruneflow: `hydra.run.dir` must be used by one run at a time, got {folder}, which is "
+            "in use; wait for the other run, or choose another folder"
         )
     except InstantiationException as error:
-        _fail(_refusal(unwrap(error)))
+        _fail(_error_message(unwrap(error)))
         return None
     except (ValueError, TypeError, OSError, OmegaConfBaseException) as error:
-        _fail(_refusal(error))
+        _fail(_error_message(error))
         return None
     try:
         if isinstance(job, Experiment):
@@ -82,15 +82,15 @@ def _run(config: DictConfig) -> float | None:
     except Exception as error:
         if no_space(error):
             sys.exit(
-                f"pruneflow: no space is left on the disk ({error}); every file that was whole is "
-                f"kept in {folder}. {_how_to_go_on()}"
+                f"pruneflow: no space left on the disk ({error}); all complete files are kept in "
+                f"{folder}. {_resume_hint()}"
             )
         raise
     return None
 
 
 def _fail(message: str, *, trained: bool = False) -> None:
-    """End with a message; but a sweep that has trained something goes on with its other jobs."""
+    """Exit with a message; a sweep continues with its other jobs if it has trained something."""
     settings = HydraConfig.get()
     if settings.mode != RunMode.MULTIRUN or not (trained or settings.job.num):
         sys.exit(message)
@@ -98,39 +98,39 @@ def _fail(message: str, *, trained: bool = False) -> None:
     _failed.append(settings.job.num)
 
 
-def _refusal(error: Exception) -> str:
-    """What is said of bad input: with which node could not be built, and what set it."""
+def _error_message(error: Exception) -> str:
+    """Message for invalid input, with the config node that could not be built and what sets it."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
     if not isinstance(error, BuildError):
         return f"pruneflow: {error}"
-    given = [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").startswith(error.key)]
-    remedy = f"change or leave out {', '.join(given)}" if given else "--cfg job shows what is set"
+    causes = [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").startswith(error.key)]
+    remedy = f"change or leave out {', '.join(causes)}" if causes else "see --cfg job"
     return (
-        f"pruneflow: {error}\n(in `{error.key}`; {remedy}; HYDRA_FULL_ERROR=1 tells where it was "
-        "raised)"
+        f"pruneflow: {error}\n(in `{error.key}`; {remedy}; set HYDRA_FULL_ERROR=1 for the "
+        "traceback)"
     )
 
 
-def _prepare(config: DictConfig, folder: Path, recipe: str) -> Experiment | Deployment:
-    """Build what the task needs, and refuse bad input."""
+def _prepare(config: DictConfig, folder: Path, recipe: str) -> Experiment | DeployTask:
+    """Build the task, which checks its input."""
     if config.task == "deploy":
-        _name_unread("deploy")
-        return Deployment(config, folder)
+        _warn_about_unused("deploy")
+        return DeployTask(config, folder)
     overrides = map(shlex.quote, HydraConfig.get().overrides.task)
     return Experiment(config, folder, recipe, " ".join([*_PROGRAM, *overrides]))
 
 
-def _name_unread(task: str) -> None:
-    """Say which of the command's settings a task does not read."""
-    read = ("task", "checkpoint", "recipe", "seed", "model", "data", "deploy", "dense.weights")
-    unread = [
+def _warn_about_unused(task: str) -> None:
+    """Warn about settings of the command that a task does not use."""
+    used = ("task", "checkpoint", "recipe", "seed", "model", "data", "deploy", "dense.weights")
+    unused = [
         override
         for override in HydraConfig.get().overrides.task
-        if not re.match(rf"[+~]*({'|'.join(map(re.escape, read))})\b", override)
+        if not re.match(rf"[+~]*({'|'.join(map(re.escape, used))})\b", override)
     ]
-    if unread:
-        _log.warning("task=%s does not read %s", task, ", ".join(unread))
+    if unused:
+        _log.warning("task=%s does not use %s", task, ", ".join(unused))
 
 
 def _show(facts: Facts, folder: Path) -> float:
@@ -143,26 +143,26 @@ def _show(facts: Facts, folder: Path) -> float:
 
 _PROGRAM = ("python", "-m", "pruneflow")
 _failed: list[int] = []  # jobs of this command's sweep
-_missed: list[Path] = []  # folders of this command's runs that ended short of their target
+_missed: list[Path] = []  # folders of this command's runs that missed their target
 
 
-def _how_to_go_on() -> str:
-    """The command that resumes what is running."""
+def _resume_hint() -> str:
+    """The command that resumes the current run."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("resume=")]
     if not HydraConfig.initialized():
-        return "Nothing was running yet."
+        return "Nothing has been run yet."
     settings = HydraConfig.get()
     if "task=deploy" in arguments:
-        return f"Start it again with: {shlex.join([*_PROGRAM, *arguments])}"
-    if settings.mode == RunMode.MULTIRUN and not given("hydra.sweep.dir"):
+        return f"Start again with: {shlex.join([*_PROGRAM, *arguments])}"
+    if settings.mode == RunMode.MULTIRUN and not is_set("hydra.sweep.dir"):
         arguments.append(f"hydra.sweep.dir={settings.sweep.dir}")
-    return f"Go on with: {shlex.join([*_PROGRAM, *arguments, 'resume=true'])}"
+    return f"Resume with: {shlex.join([*_PROGRAM, *arguments, 'resume=true'])}"
 
 
 class FolderCheck(Callback):
-    """Refuses a folder that cannot be written to, before Hydra writes there.
+    """Check that the output folder can be written to, before Hydra writes there.
 
-    `conf/config.yaml` names it.
+    Used in `conf/config.yaml`.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -181,23 +181,23 @@ class FolderCheck(Callback):
 
 
 def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Say a warning as one line, also in `pruneflow.log`, without the line of code it came from."""
+    """Log a warning in one line, without its line of code."""
     _log.warning("Warning: %s", message)
 
 
 def main() -> None:
-    """Run `python -m pruneflow`; `pruneflow.run.ends` says how it may end."""
-    # Lightning's own affair with newer PyTorch, of no use to who runs this.
+    """Run `python -m pruneflow`; see `pruneflow.run.ends` for the exit codes."""
+    # Raised by Lightning with newer versions of PyTorch.
     warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-    logging.raiseExceptions = False  # a log that cannot be written ends nothing
+    logging.raiseExceptions = False  # continue if the log cannot be written
     warnings.showwarning = _log_warning
-    sys.argv[1:] = let_hidden_through(sys.argv[1:])
+    sys.argv[1:] = allow_hidden(sys.argv[1:])
     store_recipes()
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
-    with signals(_how_to_go_on):
+    with signals(_resume_hint):
         _run()
     if _failed:
         jobs = ", ".join(f"#{job}" for job in _failed)
-        sys.exit(f"pruneflow: jobs of the sweep that failed: {jobs}; each has said why above")
+        sys.exit(f"pruneflow: failed jobs of the sweep: {jobs}; see their messages above")
     if _missed:
         sys.exit(TARGET_MISSED)

@@ -1,4 +1,4 @@
-"""`task=deploy`: what each form of a pruned checkpoint is worth."""
+"""`task=deploy`: size, time and accuracy of a pruned checkpoint in every deployment format."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pruneflow.deploy import load_packed, save_packed
 from pruneflow.deploy.building import Run, drop_shrunk
 from pruneflow.deploy.classifying import describe, metadata
 from pruneflow.deploy.forms import Form, markdown, measure_forms
+from pruneflow.errors import expect
 from pruneflow.files import write_whole
 from pruneflow.models import load_state, load_weights
 from pruneflow.run.preflight import build_data, build_network, building, check_values
 
 
-def deliver(
+def write_forms(
     dense: nn.Module,
     pruned: nn.Module,
     test: Iterable[tuple[Tensor, Tensor]],
@@ -31,19 +32,19 @@ def deliver(
     threads: int | None,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Form]:
-    """Write `model.packed` and the other forms of a classifier; measure each on the CPU.
+    """Write `model.packed` and the other forms of a classifier, and measure each on the CPU.
 
     Args:
         dense: The network before pruning.
         pruned: The network with exact zeros.
         test: Batches of images (B, C, H, W) and labels (B,), on any device.
-        folder: Where the files go; an earlier run's shrunk forms in it are deleted.
-        batches: Batch sizes to time; with none of them, only `model.packed` is written.
-        threads: Threads of every form; None takes PyTorch's.
-        metadata: Texts to keep in the metadata of `model.packed` and `shrunk.onnx`.
+        folder: Folder of the files; shrunk forms of an earlier run in it are deleted.
+        batches: Batch sizes to time; if empty, only `model.packed` is written.
+        threads: Number of threads; None for PyTorch's default.
+        metadata: Metadata of `model.packed` and `shrunk.onnx`.
 
     Returns:
-        The forms, as `measure_forms` has them.
+        The forms, see `measure_forms`.
     """
     if not batches:
         drop_shrunk(folder)
@@ -55,7 +56,7 @@ def deliver(
         right = sum(int((run(images).argmax(1) == labels).sum()) for images, labels in tested)
         return right / sum(len(labels) for _, labels in tested)
 
-    # Of a network in halves, which few CPUs are made for, float32 is what is measured.
+    # Half precision is slow on most CPUs.
     dense, pruned = (copy.deepcopy(network).float() for network in (dense, pruned))
     example = tested[0][0][:1].float()
     forms = measure_forms(
@@ -73,7 +74,7 @@ def _add_metadata(
         save_packed(pruned.state_dict(), folder / "model.packed", metadata=metadata)
     exported = folder / "shrunk.onnx"
     if exported.exists():
-        import onnx  # noqa: PLC0415  what wrote the file needs it, and nobody else
+        import onnx  # noqa: PLC0415  optional, but installed if the file was written
 
         model = onnx.load(exported)
         onnx.helper.set_model_props(model, dict(metadata))
@@ -87,33 +88,32 @@ def _add_metadata(
 _log = logging.getLogger(__name__)
 
 
-class Deployment:
+class DeployTask:
     """Build every form of the weights in `checkpoint`, and measure it on the test set.
 
-    The dense network beside it has the weights of `dense.weights`, or untrained ones: then its
-    times count and its accuracy says nothing.
+    They are compared with a dense network with the weights of `dense.weights`; without these, only
+    its times are measured.
 
     Args:
-        config: The composed configuration, with the model and the data of the recipe that made the
+        config: The composed configuration, with the model and the data of the recipe that wrote the
             checkpoint.
-        folder: Gets the forms, `forms.json` and `forms.md`.
+        folder: Folder of the forms, `forms.json` and `forms.md`.
 
     Raises:
         ValueError: If there is no checkpoint, or it does not fit the model.
     """
 
     def __init__(self, config: DictConfig, folder: Path) -> None:
-        if config.checkpoint is None:
-            raise ValueError(
-                "`checkpoint` is expected to name the pruned weights for task=deploy, but null "
-                "came; give checkpoint=FILE, such as the model.safetensors of a run"
-            )
+        expect(
+            config.checkpoint is not None,
+            "checkpoint",
+            "be a file of pruned weights for task=deploy",
+            "null",
+            "set checkpoint=FILE, such as the model.safetensors of a run",
+        )
         check_values(config)
-        if not config.deploy.batches:
-            raise ValueError(
-                "`deploy.batches` is expected to hold the batch sizes to time, but none came; give "
-                "deploy.batches=[1,16,128]"
-            )
+        batches, remedy = config.deploy.batches, "set deploy.batches=[1,16,128]"
+        expect(batches, "deploy.batches", "contain the batch sizes to time", batches, remedy)
         self.config = config
         self.folder = folder
         self.data = build_data(config.data)
@@ -130,9 +130,9 @@ class Deployment:
                 load_weights(self.pruned, config.checkpoint)
 
     def run(self) -> list[Form]:
-        """Write the folder, and return what was measured."""
-        _log.info("Measuring what each form of %s is worth", self.config.checkpoint)
-        forms = deliver(
+        """Write the folder, and return the forms."""
+        _log.info("Measuring the deployment formats of %s", self.config.checkpoint)
+        forms = write_forms(
             self.dense,
             self.pruned,
             self.data.test_dataloader(),

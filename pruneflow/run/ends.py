@@ -1,12 +1,12 @@
-"""How a command ends: its exit codes, signals, and a disk that is full.
+"""How a command ends: exit codes, signals, a full disk.
 
-| code | what happened |
+| code | meaning |
 |---|---|
-| 0 | done, and the target was reached |
-| 1 | refused, or failed |
-| 3 | done, but the target was not reached |
-| 130 | interrupted: Ctrl-C |
-| 143 | told to end: SIGTERM |
+| 0 | the target was reached |
+| 1 | invalid input, or an error |
+| 3 | finished, but the target was not reached |
+| 130 | interrupted by Ctrl-C |
+| 143 | terminated by SIGTERM |
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from types import FrameType
 
 TARGET_MISSED = 3
 
-_GRACE = 10.0  # seconds for loggers to close, and for whoever swallows the interrupt
+_GRACE = 10.0  # seconds for loggers to close
 
 
 @contextmanager
-def signals(say: Callable[[], str]) -> Iterator[None]:
-    """End with 130 after Ctrl-C and with 143 after SIGTERM, whatever is running.
+def signals(message: Callable[[], str]) -> Iterator[None]:
+    """Exit with 130 after Ctrl-C and with 143 after SIGTERM, whatever is running.
 
-    Both raise `SystemExit`, so that loggers close and temporary files go. Code called from native
-    code may swallow it, so a process that is still there some seconds later is ended, as it is at
-    a second signal.
+    Both raise `SystemExit`, so that loggers are closed and temporary files deleted. As callbacks of
+    native code may swallow it, the process is killed after some seconds, or at a second signal.
 
     Args:
-        say: What is printed at once, such as how to go on.
+        message: Returns a message to print at once, such as how to resume.
     """
     received: list[int] = []
 
@@ -42,8 +41,8 @@ def signals(say: Callable[[], str]) -> Iterator[None]:
         if received:
             os._exit(128 + received[0])
         received.append(signum)
-        text = f"\npruneflow: stopped by {signal.Signals(signum).name}. {say()}\n"
-        os.write(2, text.encode())  # `print` may be what was interrupted
+        text = f"\npruneflow: stopped by {signal.Signals(signum).name}. {message()}\n"
+        os.write(2, text.encode())  # the signal may have interrupted `print`
         killer = threading.Timer(_GRACE, os._exit, [128 + signum])
         killer.daemon = True
         killer.start()
@@ -53,14 +52,14 @@ def signals(say: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     finally:
-        if received:  # whatever came of it on the way up
+        if received:  # even if another exception has replaced SystemExit
             sys.exit(128 + received[0])
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def no_space(error: BaseException | None) -> bool:
-    """Whether an error came from a disk, or a share of one, that is full.
+    """Whether an error was caused by a full disk or an exceeded quota.
 
     Example:
         >>> no_space(OSError(errno.ENOSPC, "No space left on device")), no_space(OSError("else"))
@@ -69,7 +68,7 @@ def no_space(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(error):  # safetensors raises an error of its own
+        if "No space left on device" in str(error):  # safetensors has its own error type
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,4 +1,4 @@
-"""The CLI's pipeline: dense -> rounds -> remove -> test -> deliver -> report."""
+"""The pipeline of a run: dense -> rounds -> remove -> test -> export -> report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +22,10 @@ from torch import Tensor, nn
 
 from pruneflow.deploy import Form
 from pruneflow.deploy.classifying import describe, metadata
+from pruneflow.errors import expect
 from pruneflow.files import write_whole
 from pruneflow.models import Classifier, Loss, load_weights
-from pruneflow.pruning.granularity.channels import Channels
-from pruneflow.pruning.importance import needs_gradients
 from pruneflow.pruning.plan import Clock, Plan
-from pruneflow.pruning.pruner import Pruner
 from pruneflow.report.facts import (
     Facts,
     Final,
@@ -48,11 +45,11 @@ from pruneflow.run.callback_group import (
     check_monitors,
 )
 from pruneflow.run.callbacks import History, ReseedEachEpoch, RoundWatch, Row, SaveEachEpoch
-from pruneflow.run.deploy_task import deliver
+from pruneflow.run.deploy_task import write_forms
 from pruneflow.run.folder import (
+    count_images,
     drop_checkpoints,
     load_cached,
-    pictures,
     save_cached,
     save_example,
     save_network,
@@ -63,6 +60,7 @@ from pruneflow.run.preflight import (
     build,
     build_data,
     build_network,
+    build_scope,
     building,
     check_folder,
     check_loss,
@@ -72,26 +70,27 @@ from pruneflow.run.preflight import (
 )
 from pruneflow.structure.parameters import select
 from pruneflow.structure.sparsity import SparsityReport, sparsity_report
-from pruneflow.training.calibration import Gradients
+from pruneflow.training.calibration import Calibration
 from pruneflow.training.callback import PruningCallback
 from pruneflow.training.checkpoint import SparsityCheckpoint
 from pruneflow.training.checkpoint_io import AtomicCheckpointIO, check_whole
+from pruneflow.training.state import stable_repr
 
 _log = logging.getLogger(__name__)
 
 
 class Experiment:
-    """One run: everything is built, and bad input refused, before any training.
+    """One run: everything is built and checked before training starts.
 
-    Each stage saves a checkpoint after each epoch. A run that was killed goes on from there: a
-    stage that was finished ends at once, and a broken epoch is trained again.
+    Each stage saves a checkpoint after each epoch, from which a run that was killed can resume:
+    finished stages are skipped, and an interrupted epoch is trained again.
 
     Args:
-        config: The composed configuration; see `conf/config.yaml`. With `resume`, the folder's run
-            is expected to be of the same one.
+        config: The composed configuration; see `conf/config.yaml`. With `resume`, it must be that
+            of the run in the folder.
         folder: The run folder.
         recipe: Name of the recipe, for the report.
-        command: The command that runs this, for the report.
+        command: The command of this run, for the report.
 
     Raises:
         ValueError: If the configuration cannot be run.
@@ -100,11 +99,10 @@ class Experiment:
     def __init__(self, config: DictConfig, folder: Path, recipe: str, command: str) -> None:
         check_trainer_keys(config.trainer)
         check_values(config)
-        if config.checkpoint is not None:
-            raise ValueError(
-                f"`checkpoint` must be left out when pruning, got {config.checkpoint!r}; give "
-                "task=deploy to measure it, or dense.weights=FILE to start from it"
-            )
+        checkpoint = config.checkpoint
+        remedy = "set task=deploy to measure it, or dense.weights=FILE to start from it"
+        unset, expected = checkpoint is None, "be left out when pruning"
+        expect(unset, "checkpoint", expected, repr(checkpoint), remedy)
         self.config = config
         self.folder = folder
         self.recipe = recipe
@@ -112,8 +110,8 @@ class Experiment:
         self.seconds: dict[str, float] = {}
         self.step = 0
         self.resume: bool = config.resume and (folder / "config.yaml").exists()
-        for checkpoint in filter(None, map(self._resume_from, ("dense", "rounds"))):
-            check_whole(checkpoint)
+        for path in filter(None, map(self._resume_from, ("dense", "rounds"))):
+            check_whole(path)
 
         if config.dense.cache is not None:
             check_folder("dense.cache", config.dense.cache)
@@ -121,7 +119,6 @@ class Experiment:
             build(config, key)
             for key in ("schedule", "importance", "granularity", "costs", "masking")
         )
-        self.importance, self.costs = _bare(self.importance), _bare(self.costs)
         self.loss: Loss = build(config, "loss")
         self.plan, clock = self._lay_plan()
         trainer = check_trainer(config.trainer)
@@ -138,30 +135,11 @@ class Experiment:
         self.description = describe(node, self.data)
         self.selection = select(self.network, config.pruning.include, tuple(config.pruning.exclude))
         self.selection.warn_overlooked()
-        self.scope: Any = config.pruning.scope
-        if OmegaConf.is_config(self.scope):
-            self.scope = OmegaConf.to_container(self.scope)
-        granularity = self.granularity
-        if isinstance(granularity, Channels) and granularity.example_input is None:
-            granularity = Channels(self._example())
-        pruner = Pruner(
-            self.network,
-            importance=self.importance,
-            granularity=granularity,
-            costs=None if self.costs is None else self.costs(self.network, self._example()),
-            scope=self.scope,
-            include=list(self.selection.slots),
-            masking=masking,
-            optimizers=[],
-        )
-        pruner.check(self.plan.rounds[-1].sparsity)
-        gradients = None
-        if needs_gradients(self.importance):
-            gradients = Gradients(Classifier.loss, config.pruning.gradient_batches)
+        self.scope = build_scope(config)
         self.pruning = PruningCallback(
             self.schedule,
             importance=self.importance,
-            gradients=gradients,
+            calibration=Calibration(Classifier.loss, config.pruning.gradient_batches),
             granularity=self.granularity,
             costs=self.costs,
             scope=self.scope,
@@ -172,7 +150,8 @@ class Experiment:
             rewind=config.pruning.rewind,
             optimizer_state=config.pruning.optimizer_state,
         )
-        # The learning-rate schedule spans the rounds, or with `rewind` the last and longest one.
+        self.pruning.check(self._classifier(self.network, 1), self._example())
+        # The learning-rate schedule spans all rounds, or with `rewind` the last and longest one.
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs
         for epochs in filter(None, (config.dense.epochs, self.schedule_epochs)):
@@ -190,7 +169,7 @@ class Experiment:
             _log.info("Resuming the run in %s", self.folder)
         else:
             if self.config.resume:
-                _log.info("No unfinished run to resume: a new one in %s", self.folder)
+                _log.info("No unfinished run to resume; starting a new one in %s", self.folder)
             (self.folder / "report.html").unlink(missing_ok=True)
             drop_checkpoints(self.folder)
         table = self.plan.table(self._counted())
@@ -213,7 +192,7 @@ class Experiment:
         dense = copy.deepcopy(self.network)
         rounds, rows = self._rounds(rows)
         before, after = self._test(dense)
-        example, forms = self._deliver(dense, after.batches)
+        example, forms = self._export(dense, after.batches)
 
         report = sparsity_report(self.network, self._example(), include=list(self.selection.slots))
         facts: Facts = {
@@ -247,15 +226,15 @@ class Experiment:
             return rows, False
         cache = Path(config.cache) / f"{self._dense_key()}.safetensors"
         cache.parent.mkdir(parents=True, exist_ok=True)
-        # Jobs of one sweep that start together train it once; the others wait for it here.
+        # One of several jobs that run at the same time trains it; the others wait here.
         with FileLock(cache.with_suffix(".lock")):
             cached = cache.exists() and self._resume_from("dense") is None
             if cached:
                 try:
                     rows = load_cached(self.network, cache)
-                    _log.info("Dense phase: from the cache, %s", cache)
+                    _log.info("Dense phase: loaded from the cache, %s", cache)
                 except ValueError as error:
-                    _log.warning("Dense phase: %s; trained anew", error)
+                    _log.warning("Dense phase: %s; training it again", error)
                     cached = False
             if not cached:
                 rows = self._train_dense()
@@ -274,12 +253,12 @@ class Experiment:
         start = self.config.dense.epochs
         epochs = self.config.pruning.epochs
         classifier = self._classifier(self.network, self.schedule_epochs)
-        if self.granularity is not None or self.costs is not None:
+        if self.pruning.rule.needs_example:
             classifier.example_input_array = self._example()
         watch = RoundWatch(self.pruning)
         _log.info("Pruning rounds: %d in %s", len(self.plan.rounds), _epochs(epochs))
         rows = self._fit("rounds", classifier, start, start + epochs, rows, self.pruning, watch)
-        # Rows come in order, so the last one of a round is the one that stays.
+        # Rows are in order, so the last one of each round is kept.
         fine_tuned = {row["round"]: row["val_accuracy"] for row in rows}
         rounds: list[FinishedRound] = [
             {**measured, "fine_tuned_accuracy": fine_tuned[measured["round"]]}  # type: ignore[typeddict-item]
@@ -298,7 +277,7 @@ class Experiment:
         trainer.fit(classifier, datamodule=self.data, ckpt_path=self._resume_from(stage))
         if trainer.should_stop and trainer.current_epoch < end:
             _log.warning(
-                "Stopped early: %s of %s ended after epoch %d",
+                "Stopped early: %s (%s) ended after epoch %d",
                 {"dense": "the dense phase", "rounds": "the rounds"}[stage],
                 _epochs(end - start),
                 trainer.current_epoch - 1,
@@ -330,15 +309,15 @@ class Experiment:
             int(trainer.num_test_batches[0]),
         )
 
-    def _deliver(self, dense: nn.Module, batches: int) -> tuple[str | None, list[Form]]:
+    def _export(self, dense: nn.Module, batches: int) -> tuple[str | None, list[Form]]:
         about = metadata(self.description)
         save_network(self.network, self.folder / "model.safetensors", about)
         example = save_example(self.data, self.folder / "example.png")
         settings = self.config.deploy
         if settings.batches:
-            _log.info("Measuring what each form of the model is worth")
-        with self._timed("deliver"):
-            forms = deliver(
+            _log.info("Measuring the deployment formats of the model")
+        with self._timed("deliver"):  # a key of report.json
+            forms = write_forms(
                 dense,
                 self.network,
                 islice(self.data.test_dataloader(), batches),
@@ -353,17 +332,15 @@ class Experiment:
 
     def _lay_plan(self) -> tuple[Plan, Clock]:
         rounds, epochs = self.schedule.rounds, self.config.pruning.epochs
-        if epochs < rounds:
-            raise ValueError(
-                f"`pruning.epochs` is expected to give each of {rounds} rounds at least one epoch, "
-                f"but {epochs} came; raise it, or lower `schedule.rounds`"
-            )
-        # Every schedule has the same budget: split evenly, the remainder after the last round.
+        enough, expected = epochs >= rounds, f"be at least {rounds}, one per round"
+        remedy = "raise it, or lower `schedule.rounds`"
+        expect(enough, "pruning.epochs", expected, epochs, remedy)
+        # The same budget for all schedules, split evenly; the remainder follows the last round.
         clock = Clock(start=self.config.dense.epochs, every=epochs // rounds)
         return Plan.lay(self.schedule, clock, clock.start + epochs), clock
 
     def _check_training(self, epochs: int) -> None:
-        """Build what trains for so many epochs, which refuses what is off."""
+        """Build the module, optimizer and scheduler, to check their settings."""
         self._classifier(self.network, epochs)
         with building("optimizer"):
             optimizer = instantiate(self.config.optimizer)(self.network.parameters())
@@ -381,7 +358,7 @@ class Experiment:
         check_averages(callbacks, trainer, self._classifier(self.network, 1), epochs, steps)
 
     def _callbacks(self, stage: str) -> list[L.Callback]:
-        """New ones for each stage, as they hold what they have seen."""
+        """New callbacks for each stage, as they have state."""
         return [
             callback
             for callback in build_callbacks(self.config).values()
@@ -405,14 +382,14 @@ class Experiment:
             "callbacks": [ReseedEachEpoch(self.config.seed), *callbacks],
             "logger": self.logger or False,
             "enable_checkpointing": any(isinstance(each, Checkpoint) for each in callbacks),
-            # Where there is no terminal its control sequences would be in the way.
+            # Without a terminal, its control sequences would end up in the output.
             "enable_progress_bar": sys.stdout.isatty()
             and self.config.trainer.get("enable_progress_bar", True),
             "default_root_dir": str(self.folder),
         }
         trainer: L.Trainer = instantiate(self.config.trainer, **(settings | overrides))
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        # One clock for the whole run: the rounds go on counting where the dense phase ended.
+        # Epochs are counted over the whole run: rounds start at the end of the dense phase.
         progress: Any = trainer.fit_loop.epoch_progress.current
         progress.ready = progress.started = progress.processed = progress.completed = start
         return trainer
@@ -435,7 +412,7 @@ class Experiment:
         resolved: Any = OmegaConf.to_container(self.config, resolve=True)
         files = [self.config.dense.weights, self.config.model.get("weights")]
         return provenance.digest(
-            provenance.determining({name: resolved.get(name) for name in names}),
+            provenance.relevant_settings({name: resolved.get(name) for name in names}),
             self.config.dense.epochs,
             [provenance.file_digest(Path(f)) for f in files if f and Path(f).is_file()],
             self.data.fingerprint(),
@@ -450,7 +427,7 @@ class Experiment:
         self.seconds[stage] = time.perf_counter() - began
 
     def _counted(self) -> int | None:
-        """How many weights a target counts; None where it counts something else."""
+        """Number of prunable weights; None if targets count something else."""
         if self.costs is not None:
             return None
         return sum(slot.parameter.numel() for slot in self.selection.slots.values())
@@ -464,11 +441,11 @@ class Experiment:
             "commit": provenance.commit(),
             "machine": provenance.machine(),
             "target": self.plan.rounds[-1].sparsity,
-            "scope": str(self.scope),
+            "scope": stable_repr(self.scope),
             "schedule": repr(self.schedule),
-            "importance": _in_words(self.importance),
-            "granularity": "unstructured" if self.granularity is None else repr(self.granularity),
-            "costs": None if self.costs is None else _in_words(self.costs).partition("(")[0],
+            "importance": stable_repr(self.importance),
+            "granularity": stable_repr(self.granularity),
+            "costs": None if self.costs is None else stable_repr(self.costs).partition("(")[0],
             "classes": list(self.data.classes),
             "plan": planned_rounds(self.plan, self._counted()),
             "classifier": self.description,
@@ -483,43 +460,25 @@ class Experiment:
             "val_accuracy": tested.metrics["val_accuracy"],
             "test_accuracy": tested.metrics["test_accuracy"],
             "test_per_class": tested.per_class,
-            "tested": tested.pictures,
-            "test_pictures": pictures(self.data.test_dataloader()),
+            "tested": tested.images,
+            "test_pictures": count_images(self.data.test_dataloader()),
         }
 
 
 class Evaluation(NamedTuple):
-    """What a network was measured to be worth.
+    """Metrics of a network.
 
     Args:
-        metrics: Of validation and test, by the names that the classifier logs.
-        per_class: Test accuracy in each class; None where nothing was tested.
-        pictures: How many were tested.
-        batches: In how many batches.
+        metrics: Metrics of validation and test, as the classifier logs them.
+        per_class: Test accuracy of each class; None if it has no test images.
+        images: Number of test images.
+        batches: Number of test batches.
     """
 
     metrics: dict[str, float]
     per_class: list[float | None]
-    pictures: int
+    images: int
     batches: int
-
-
-def _bare(method: Any) -> Any:
-    bare = isinstance(method, partial) and not (method.args or method.keywords)
-    return method.func if bare else method
-
-
-def _in_words(method: Any) -> str:
-    """A function or an object, with the settings that it has.
-
-    Example:
-        >>> _in_words(max), _in_words(partial(sorted, reverse=True))
-        ('max', 'sorted(reverse=True)')
-    """
-    if isinstance(method, partial):
-        settings = ", ".join(f"{name}={value!r}" for name, value in method.keywords.items())
-        return f"{_in_words(method.func)}({settings})"
-    return getattr(method, "__name__", repr(method))
 
 
 def _epochs(count: int) -> str:

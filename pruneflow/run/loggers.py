@@ -1,4 +1,4 @@
-"""One run of a logger for a whole job, whatever the number of Trainers that log to it."""
+"""Use one run of a logger in all Trainers of a job."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning.pytorch.loggers import Logger
 
 @contextmanager
 def one_run(logger: Logger, settings: dict[str, Any]) -> Iterator[None]:
-    """Log the settings, let Trainers share the logger, and close it in the end, also on errors.
+    """Log the settings, share the logger between Trainers, and finalize it at the end.
 
-    Lightning finalizes a logger after each fit, which for some ends the run that the next fit is to
-    go on with; here it is finalized once. The run of a process-wide client, such as that of Weights
-    & Biases, is finished too, or the next job of a sweep would log to it.
+    Lightning finalizes a logger after each fit, which ends the run of some loggers; here it is
+    finalized once, also after an error. The run of a process-wide client, such as Weights & Biases,
+    is finished as well, as the next job of a sweep would log to it otherwise.
 
     Args:
-        logger: Not used by a Trainer before.
+        logger: A logger that no Trainer has used before.
         settings: The hyperparameters of the job, as builtins.
     """
     logger.finalize = lambda status: None  # type: ignore[method-assign]

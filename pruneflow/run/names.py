@@ -1,4 +1,4 @@
-"""Names that settings had before, and keys of the Trainer that belong to the experiment."""
+"""Former names of settings, and settings of the Trainer that the experiment makes itself."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from pruneflow.errors import expect
+
 _log = logging.getLogger(__name__)
 
-# Group -> the old name of an option, and the new one. conf/ has files of both names.
+# Group -> old and new name of an option. conf/ has files with both names.
 _OPTIONS = {"granularity": ("weights", "unstructured"), "costs": ("weights", "none")}
 _KEYS = {"classifier.label_smoothing": "loss.label_smoothing"}
 
-# What a Trainer takes, and what serves instead.
-_EPOCHS = (
-    "stages last `dense.epochs` and `pruning.epochs` and validate after each epoch, so set those"
-)
-_OF_THE_EXPERIMENT = {
+# Argument of the Trainer -> what to set instead.
+_EPOCHS = "set `dense.epochs` and `pruning.epochs`; there is a validation after each epoch"
+_RESERVED = {
     "max_epochs": _EPOCHS,
     "max_steps": _EPOCHS,
     "fast_dev_run": _EPOCHS,
     "check_val_every_n_epoch": _EPOCHS,
-    "callbacks": "choose them by `callbacks=[ema,early_stopping]`, or add `+callbacks.NAME`",
-    "logger": "choose it by `logger=csv`",
+    "callbacks": "choose them with `callbacks=[ema,early_stopping]`, or add `+callbacks.NAME`",
+    "logger": "choose it with `logger=csv`",
 }
 
-# Keys that are understood, but that `--cfg job` does not show.
-HIDDEN = (*_KEYS, "trainer.devices", *(f"trainer.{name}" for name in _OF_THE_EXPERIMENT))
+# Keys that are recognised, but not shown by `--cfg job`.
+HIDDEN = (*_KEYS, "trainer.devices", *(f"trainer.{name}" for name in _RESERVED))
 _SETS_HIDDEN = re.compile(rf"\+?({'|'.join(map(re.escape, HIDDEN))})=")
 
 
-def let_hidden_through(arguments: Iterable[str]) -> list[str]:
-    """The arguments of a command, with those of hidden keys such that Hydra does not refuse them.
+def allow_hidden(arguments: Iterable[str]) -> list[str]:
+    """Arguments of a command, changed such that Hydra accepts hidden keys.
 
     Example:
-        >>> let_hidden_through(["-m", "trainer.max_epochs=3", "seed=1"])
+        >>> allow_hidden(["-m", "trainer.max_epochs=3", "seed=1"])
         ['-m', '++trainer.max_epochs=3', 'seed=1']
     """
     return [f"++{a.lstrip('+')}" if _SETS_HIDDEN.match(a) else a for a in arguments]
 
 
 def rename_keys(config: DictConfig) -> dict[str, str]:
-    """Move what old keys of a configuration set to the new ones.
+    """Rename old keys of a configuration.
 
     Returns:
-        Old key -> new key of those that were there.
+        Old key -> new key, for those found.
     """
     found: dict[str, str] = {}
     for old, new in _KEYS.items():
@@ -59,8 +59,8 @@ def rename_keys(config: DictConfig) -> dict[str, str]:
     return found
 
 
-def note_old_names(choices: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    """Name in the log what options and keys are called by now."""
+def log_old_names(choices: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    """Log the new names of options and keys."""
     chosen = {
         f"{group}={old}": f"{group}={new}"
         for group, (old, new) in _OPTIONS.items()
@@ -71,16 +71,14 @@ def note_old_names(choices: Mapping[str, Any], keys: Mapping[str, str]) -> None:
 
 
 def check_trainer_keys(trainer: DictConfig) -> None:
-    """Refuse settings of the Trainer that the experiment makes itself.
+    """Check that settings which the experiment makes itself are left out.
 
     Raises:
-        ValueError: Naming the first, and what serves instead.
+        ValueError: If one is set.
     """
-    for key, remedy in _OF_THE_EXPERIMENT.items():
-        if trainer.get(key) is not None:
-            raise ValueError(f"`trainer.{key}` must be left out, got {trainer[key]!r}; {remedy}")
-    if trainer.get("devices", 1) not in (1, "1"):
-        raise ValueError(
-            f"`trainer.devices` must be 1, got {trainer.devices!r}; for many processes put the "
-            "PruningCallback in a Trainer of your own"
-        )
+    for key, remedy in _RESERVED.items():
+        value = trainer.get(key)
+        expect(value is None, f"trainer.{key}", "be left out", repr(value), remedy)
+    devices = trainer.get("devices", 1)
+    remedy = "for several processes, use PruningCallback in your own Trainer"
+    expect(devices in (1, "1"), "trainer.devices", "be 1", repr(devices), remedy)

@@ -1,7 +1,7 @@
-"""Check what is set before anything runs: a run is refused at once, not after hours of training.
+"""Check all settings before anything runs, so that no run fails after hours of training.
 
-Signatures are the schema: what a node with a `_target_` sets is compared with the annotations of
-what it builds. Only keys that belong to no node have their types here.
+Values of nodes with a `_target_` are checked against its type annotations. Only the types of other
+keys are listed here.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from pruneflow.errors import expect
 from pruneflow.models import Loss
 
 _log = logging.getLogger(__name__)
 
-# Key -> what it takes, and an example.
+# Key -> type and example.
 _TYPES: dict[str, tuple[Any, Any]] = {
     "task": (Literal["prune", "deploy"], "prune"),
     "checkpoint": (str | None, "FILE"),
@@ -62,11 +63,11 @@ _FILES = ("checkpoint", "dense.weights")
 
 
 class BuildError(ValueError):
-    """Something could not be built from what is set.
+    """A node of the configuration could not be built.
 
     Args:
-        key: Of its node in the configuration.
-        cause: What was raised.
+        key: Key of the node.
+        cause: The exception raised.
     """
 
     def __init__(self, key: str, cause: BaseException) -> None:
@@ -75,14 +76,14 @@ class BuildError(ValueError):
 
 
 def unwrap(error: InstantiationException, key: str = "") -> BuildError:
-    """What a constructor said, without what Hydra wraps it in but for the key."""
+    """The original error of a constructor, with the key that Hydra reports."""
     _, named, full_key = str(error).rpartition("full_key: ")
     return BuildError(full_key if named else key, error.__cause__ or error)
 
 
 @contextmanager
 def building(key: str) -> Iterator[None]:
-    """Raise `BuildError` for whatever a constructor, ours or another's, does not take."""
+    """Convert all exceptions to `BuildError`."""
     try:
         yield
     except InstantiationException as error:
@@ -95,24 +96,25 @@ def building(key: str) -> Iterator[None]:
 
 
 def check_values(config: DictConfig) -> None:
-    """Refuse values of the wrong type, or out of range, all at once.
+    """Check that values have the right type and are in range.
 
     Args:
         config: The composed configuration.
 
     Raises:
-        ValueError: Naming each key, what it takes and what came.
+        ValueError: With a line for each invalid value.
     """
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    wrong = [f"`{key}` must be set; give {key}=..." for key in OmegaConf.missing_keys(config)]
+    missing = OmegaConf.missing_keys(config)
+    wrong = [f"`{key}` must be set, got nothing; set {key}=..." for key in missing]
     for key, (hint, example) in {**_TYPES, **_annotated(config, values)}.items():
         try:
             value = _value(values, key)
-        except (KeyError, TypeError):  # it was taken out; whoever wants it will tell
+        except (KeyError, TypeError):  # removed; there will be an error if it is needed
             continue
         least, most = _RANGES.get(key, (-math.inf, math.inf))
         if not _fits(value, hint):
-            expected = _in_words(hint)
+            expected = _type_name(hint)
             if _fits([value], hint) and _within([value], least, most):
                 example = [value]
         elif not all(map(math.isfinite, _numbers(value))):
@@ -124,13 +126,13 @@ def check_values(config: DictConfig) -> None:
         else:
             continue
         got = "null" if value is None else repr(value)
-        wrong.append(f"`{key}` must be {expected}, got {got}; give {key}={_plain(example)}")
+        wrong.append(f"`{key}` must be {expected}, got {got}; set {key}={_plain(example)}")
     if wrong:
         raise ValueError("\n".join(wrong))
 
 
 def _plain(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value for the command line."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
@@ -154,9 +156,9 @@ _EXAMPLES = {int: 1, float: 0.5, bool: True}
 
 
 def _annotated(config: DictConfig, values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the keys of nodes that build something take, as far as it is annotated.
+    """Key -> annotation and example, for keys of nodes with a `_target_`.
 
-    Without those that follow another key, as `data.seed` follows `seed`, which is checked itself.
+    Interpolated keys are left out, such as `data.seed`, as the original (`seed`) is checked.
     """
     found: dict[str, tuple[Any, Any]] = {}
     for name, node, settings in _nodes(config, values):
@@ -165,7 +167,7 @@ def _annotated(config: DictConfig, values: Mapping[str, Any]) -> dict[str, tuple
             parameters = inspect.signature(target).parameters
             function = getattr(target, "__init__") if isinstance(target, type) else target  # noqa: B009
             hints = get_type_hints(function)
-        except Exception:  # building it will tell; or it is annotated with what is not there
+        except Exception:  # building it will fail; or an annotation cannot be resolved
             continue
         for key in node.keys() & hints.keys() & parameters.keys():
             default, hint = parameters[key].default, hints[key]
@@ -178,7 +180,7 @@ def _annotated(config: DictConfig, values: Mapping[str, Any]) -> dict[str, tuple
 def _nodes(
     config: DictConfig, values: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, dict[str, Any], DictConfig]]:
-    """The nodes that build something: the key of each, its values, and itself."""
+    """Nodes with a `_target_`: key, values, and the node."""
     for name, value in values.items():
         if isinstance(value, dict):
             if "_target_" in value:
@@ -187,7 +189,7 @@ def _nodes(
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of an annotated type, as far as can be told.
+    """Whether a builtin has an annotated type; True if not known.
 
     Example:
         >>> _fits(1, float), _fits("1", float), _fits(True, int), _fits(None, int | None)
@@ -208,7 +210,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Sequence):
         inner = next((argument for argument in arguments if argument is not ...), Any)
         return isinstance(value, list) and all(_fits(item, inner) for item in value)
-    classes = _CLASSES.get(hint, object)  # who knows what else takes a string or a number
+    classes = _CLASSES.get(hint, object)  # other types may accept any builtin
     return isinstance(value, classes) and not (isinstance(value, bool) and hint in (int, float))
 
 
@@ -222,26 +224,26 @@ _CLASSES: dict[Any, type | tuple[type, ...]] = {
 }
 
 
-def _in_words(hint: Any) -> str:
-    """An annotation in words.
+def _type_name(hint: Any) -> str:
+    """Describe an annotation.
 
     Example:
-        >>> _in_words(int | None), _in_words(list[float]), _in_words(Literal["a", "b"])
+        >>> _type_name(int | None), _type_name(list[float]), _type_name(Literal["a", "b"])
         ('a whole number or null', 'a list of numbers', "'a' or 'b'")
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (Union, types.UnionType):
-        known = [member for member in arguments if get_origin(member) or member in _WORDS]
-        words = [_in_words(m) for m in known if not (m is int and float in known)]
-        return " or ".join(dict.fromkeys(words))
+        known = [member for member in arguments if get_origin(member) or member in _TYPE_NAMES]
+        names = [_type_name(m) for m in known if not (m is int and float in known)]
+        return " or ".join(dict.fromkeys(names))
     if arguments:
-        return f"a list of {_in_words(arguments[0]).removeprefix('a ')}s"
-    return _WORDS.get(hint, "a list")
+        return f"a list of {_type_name(arguments[0]).removeprefix('a ')}s"
+    return _TYPE_NAMES.get(hint, "a list")
 
 
-_WORDS = {
+_TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -252,14 +254,14 @@ _WORDS = {
 
 
 def check_folder(key: str, folder: str) -> None:
-    """Make a folder, and refuse one that cannot be written to.
+    """Create a folder, and check that it can be written to.
 
     Args:
-        key: What sets it.
-        folder: Its path.
+        key: Key that sets it.
+        folder: Path of the folder.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it cannot be created or written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -268,7 +270,7 @@ def check_folder(key: str, folder: str) -> None:
     except OSError as error:
         raise ValueError(
             f"`{key}` must be a folder that can be written to, got {folder!r} "
-            f"({error.strerror}); give {key}=DIR"
+            f"({error.strerror}); set {key}=DIR"
         ) from error
 
 
@@ -276,53 +278,69 @@ def check_folder(key: str, folder: str) -> None:
 
 
 def build(config: DictConfig, key: str) -> Any:
-    """Build what a node of the configuration says; None where it says nothing.
+    """Build the object of a config node; None for an empty node.
 
     Raises:
-        BuildError: If it is refused.
+        BuildError: If it cannot be built.
     """
     with building(key):
         built = instantiate(config[key]) if config[key] else None
-        if isinstance(built, partial):  # which is not called before the first round
+        if isinstance(built, partial):  # not called before the first round
             inspect.signature(built.func).bind_partial(*built.args, **built.keywords)
         return built
 
 
+def build_scope(config: DictConfig) -> Any:
+    """Build `pruning.scope`: a name, groups of globs, or a distribution with a `_target_`.
+
+    Raises:
+        BuildError: If it cannot be built.
+    """
+    scope = config.pruning.scope
+    if not OmegaConf.is_config(scope):
+        return scope
+    with building("pruning.scope"):
+        plain: Any = OmegaConf.to_container(scope, resolve=True)
+        return instantiate(plain) if "_target_" in plain else plain
+
+
 def check_trainer(config: DictConfig) -> L.Trainer:
-    """Build a Trainer as the stages will, to have it refused now what it would refuse then.
+    """Check the settings of the Trainer.
 
     Args:
         config: The node of the Trainer.
 
     Returns:
-        A Trainer that is good for its settings.
+        A Trainer with these settings, not for training.
 
     Raises:
-        ValueError: If Lightning refuses it, or would use another precision than was asked for.
+        ValueError: If Lightning does not accept them, or would use another precision.
     """
     with building("trainer"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is not supported on CPU")  # which is refused below
+        warnings.filterwarnings("ignore", ".* is not supported on CPU")  # an error below
         trainer: L.Trainer = instantiate(
             config, max_epochs=1, devices=1, logger=False, enable_checkpointing=False, callbacks=[]
         )
-    asked, got = str(config.get("precision")), str(trainer.precision)
-    if asked in ("16", "16-mixed") and got.startswith("bf16"):
-        raise ValueError(
-            f"`trainer.precision` must be one that the accelerator has, got {asked!r}, which CPUs "
-            f"do not; give trainer.precision={got}"
-        )
+    precision, supported = str(config.get("precision")), str(trainer.precision)
+    expect(
+        precision not in ("16", "16-mixed") or not supported.startswith("bf16"),
+        "trainer.precision",
+        "be supported by the accelerator",
+        f"{precision!r} on a CPU",
+        f"set trainer.precision={supported}",
+    )
     return trainer
 
 
 def build_data(config: DictConfig, trainer: L.Trainer | None = None) -> Any:
-    """Build a datamodule that says what a run needs and leaves pictures to train and test on.
+    """Build a datamodule, and check its attributes and that it has batches.
 
     Args:
-        config: Its node.
-        trainer: Whose limits on batches will hold; None where only the test set is used.
+        config: The node of the datamodule.
+        trainer: A Trainer with the limits on batches; None if only the test set is used.
 
     Raises:
-        ValueError: Naming what is missing.
+        ValueError: If something is missing.
     """
     with building("data"):
         data: Any = instantiate(config)
@@ -332,18 +350,21 @@ def build_data(config: DictConfig, trainer: L.Trainer | None = None) -> Any:
     missing = [
         f"`{name}`" for name in ("num_classes", "classes", "image_shape") if not hasattr(data, name)
     ]
-    if missing:
-        raise ValueError(
-            "`data` must be a LightningDataModule that has `num_classes`, `classes` (their names) "
-            "and `image_shape` (channels, height, width) after setup(), got "
-            f"{type(data).__name__} without {', '.join(missing)}; see "
-            "pruneflow.data.ImageData"
-        )
-    if data.num_classes < 2 or len(data.classes) != data.num_classes:
-        raise ValueError(
-            f"`data` must have two classes or more, each with a name, got {data.num_classes} and "
-            f"the names {list(data.classes)}; a folder of pictures has one folder for each class"
-        )
+    expect(
+        not missing,
+        "data",
+        "be a LightningDataModule with `num_classes`, `classes` (their names) and `image_shape` "
+        "(channels, height, width) after setup()",
+        f"{type(data).__name__} without {', '.join(missing)}",
+        "see pruneflow.data.ImageData",
+    )
+    expect(
+        data.num_classes >= 2 and len(data.classes) == data.num_classes,
+        "data",
+        "have at least two classes, each with a name",
+        f"{data.num_classes} with the names {list(data.classes)}",
+        "create one folder of images for each class",
+    )
     for stage in ("train", "val", "test") if trainer else ("test",):
         with building("data"):
             loader = getattr(data, f"{stage}_dataloader")()
@@ -354,20 +375,14 @@ def build_data(config: DictConfig, trainer: L.Trainer | None = None) -> Any:
 def _check_batches(stage: str, loader: Any, limit: float) -> None:
     try:
         count = len(loader)
-    except TypeError:  # of a stream nobody knows
+    except TypeError:  # an iterable dataset
         return
-    if not count:
-        raise ValueError(
-            f"`data` must give batches for `{stage}_dataloader`, got none; lower data.batch_size, "
-            "or give more pictures"
-        )
+    remedy = "lower data.batch_size, or add images"
+    expect(count, "data", f"have batches in `{stage}_dataloader`", "none", remedy)
     if stage == "train" and count == 1:
-        _log.warning("`data.batch_size` takes all pictures at once: an epoch is a single step")
-    if not _limited(count, limit):
-        raise ValueError(
-            f"`trainer.limit_{stage}_batches` must leave some of the {count} batches, got {limit}, "
-            f"which leaves none; give trainer.limit_{stage}_batches=1 or more, or null for all"
-        )
+        _log.warning("`data.batch_size` is at least the number of images: an epoch is one step")
+    key, remedy = f"trainer.limit_{stage}_batches", "use 1 or more, or null for all"
+    expect(_limited(count, limit), key, f"keep at least 1 of the {count} batches", limit, remedy)
 
 
 def _limited(count: int, limit: float) -> int:
@@ -375,7 +390,7 @@ def _limited(count: int, limit: float) -> int:
 
 
 def steps_per_epoch(data: Any, trainer: L.Trainer) -> int | None:
-    """How many optimizer steps make an epoch; None where the data have no length."""
+    """Optimizer steps per epoch; None if the data has no length."""
     try:
         batches = _limited(len(data.train_dataloader()), trainer.limit_train_batches)
     except TypeError:
@@ -384,14 +399,14 @@ def steps_per_epoch(data: Any, trainer: L.Trainer) -> int | None:
 
 
 def build_network(config: DictConfig, data: Any) -> nn.Module:
-    """Build a network, and refuse one that does not take the pictures or tell the classes apart.
+    """Build a network, and check that it fits the images and classes.
 
     Args:
-        config: Its node.
+        config: The node of the network.
         data: The datamodule, after `setup`.
 
     Raises:
-        ValueError: Saying what is wrong.
+        ValueError: If it does not fit.
     """
     channels, *_ = shape = tuple(data.image_shape)
     with building("model"):
@@ -401,27 +416,26 @@ def build_network(config: DictConfig, data: Any) -> nn.Module:
             outputs = network.eval()(torch.zeros(2, *shape))
         network.train(training)
     got = tuple(getattr(outputs, "shape", ()))
-    if got != (2, data.num_classes):
-        raise ValueError(
-            f"`model` must give {data.num_classes} numbers for each picture, one for each class, "
-            f"got {f'shape {got}' if got else type(outputs).__name__} for two pictures of shape "
-            f"{shape}; let its last layer have `num_classes` outputs"
-        )
+    expect(
+        got == (2, data.num_classes),
+        "model",
+        f"return {data.num_classes} logits for each image, one per class",
+        f"{f'shape {got}' if got else type(outputs).__name__} for two images of shape {shape}",
+        "give its last layer `num_classes` outputs",
+    )
     return network
 
 
 def check_loss(loss: Loss, num_classes: int, image_shape: Sequence[int]) -> None:
-    """Refuse a loss that cannot be trained on, by what it says of a batch of two.
+    """Check that a loss returns a differentiable scalar, on a batch of two.
 
     Raises:
-        ValueError: Saying what is wrong.
+        ValueError: If it does not.
     """
     logits = torch.zeros(2, num_classes, requires_grad=True)
     with building("loss"):
         value = loss(logits, torch.tensor([0, 1]), torch.zeros(2, *image_shape))
-    if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"`loss` must return a scalar that depends on the logits, got {got}; return the mean "
-            "over the batch"
-        )
+    valid = isinstance(value, Tensor) and not value.dim() and value.requires_grad
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    remedy = "return the mean over the batch"
+    expect(valid, "loss", "return a scalar that depends on the logits", got, remedy)

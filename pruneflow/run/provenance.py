@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, machine; and digests of what determines it."""
+"""Provenance of a result: versions, commit, machine, and digests of its settings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of pruneflow and of what computes its results."""
+    """Versions of pruneflow and of the packages that affect its results."""
     return {name: version(name) for name in ("pruneflow", "torch", "torchvision", "lightning")}
 
 
 def commit() -> str | None:
-    """The commit of the checkout that pruneflow runs from; None when it is installed.
+    """The commit of the checkout that pruneflow runs from, or None if it is installed.
 
-    A working tree with changes is marked by a plus sign.
+    A plus sign marks a working tree with changes.
     """
     folder = Path(__file__).parent
     try:
@@ -35,7 +35,7 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """The machine in words.
+    """Describe the machine.
 
     Example:
         >>> "CPU core" in machine()
@@ -51,8 +51,8 @@ def machine() -> str:
     return ", ".join(words)
 
 
-# What may differ between two runs of one result, a key or all below it.
-_NO_MATTER = (
+# Keys, with all keys below them, that do not affect the result.
+_IRRELEVANT = (
     "task",
     "checkpoint",
     "resume",
@@ -71,27 +71,31 @@ _NO_MATTER = (
 )
 
 
-def determining(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Those of some settings that determine what training gives, flat.
+def relevant_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that affect the result of training, flat.
 
     Args:
         settings: Nested mappings of builtins.
-        prefix: Of the keys, with its dot.
+        prefix: Prefix of the keys, with a trailing dot.
 
     Example:
-        >>> determining({"seed": 1, "deploy": {"threads": 2}, "dense": {"cache": "x", "epochs": 3}})
+        >>> relevant_settings({"seed": 1, "deploy": {"threads": 2}, "dense": {"epochs": 3}})
         {'seed': 1, 'dense.epochs': 3}
     """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        if key not in _NO_MATTER:
-            flat |= determining(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+        if key in _IRRELEVANT:
+            continue
+        if isinstance(value, Mapping):
+            flat |= relevant_settings(value, f"{key}.")
+        else:
+            flat[key] = value
     return flat
 
 
 def digest(*facts: Any) -> str:
-    """A short name for a combination of builtins.
+    """A short hash of builtins, independent of the order of keys.
 
     Example:
         >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1})

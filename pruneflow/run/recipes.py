@@ -1,4 +1,4 @@
-"""Recipes as options of a Hydra group, and their keys."""
+"""Recipes as options of a Hydra group, and checks of their keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from pruneflow.run.resources import resource_dir
 
 
 def check_recipe(recipe: str, choices: dict[str, Any]) -> None:
-    """Refuse keys of a recipe that no option has: Hydra merges them silently."""
+    """Check for unknown keys in a recipe, which Hydra would merge silently.
+
+    Raises:
+        ValueError: If there are any.
+    """
     loader: Any = GlobalHydra.instance().config_loader()
     node = loader.repository.load_config(f"recipe/{recipe}").config
     groups = [
@@ -28,8 +32,8 @@ def check_recipe(recipe: str, choices: dict[str, Any]) -> None:
     if unknown:
         known = list(_keys(base))
         lines = [
-            f"recipe {recipe!r} sets `{key}`, which is expected to be a key of the configuration; "
-            f"near names: {', '.join(difflib.get_close_matches(key, known, 3, 0.4)) or 'none'}"
+            f"`recipe` must set keys of the configuration, got `{key}` in {recipe!r}; near names: "
+            f"{', '.join(difflib.get_close_matches(key, known, 3, 0.4)) or 'none'}"
             for key in unknown
         ]
         raise ValueError("\n".join(lines))
@@ -52,8 +56,8 @@ def _unknown_keys(recipe: DictConfig, base: DictConfig, prefix: str = "") -> lis
         if key == "defaults" and not prefix:
             continue
         if key not in base:
-            mine = prefix == "callbacks." and OmegaConf.is_dict(value) and "_target_" in value
-            if f"{prefix}{key}" not in HIDDEN and not mine:
+            callback = prefix == "callbacks." and OmegaConf.is_dict(value) and "_target_" in value
+            if f"{prefix}{key}" not in HIDDEN and not callback:
                 unknown.append(f"{prefix}{key}")
         elif OmegaConf.is_dict(value) and OmegaConf.is_dict(base._get_node(key)):
             unknown += _unknown_keys(value, base[key], f"{prefix}{key}.")
@@ -61,9 +65,9 @@ def _unknown_keys(recipe: DictConfig, base: DictConfig, prefix: str = "") -> lis
 
 
 def store_recipes() -> None:
-    """Make each of `recipes/` an option of the group `recipe`.
+    """Make each file in `recipes/` an option of the group `recipe`.
 
-    Hydra cannot map the group onto a folder of another name, so each is stored under its name.
+    They are stored one by one, as Hydra cannot map a group to a folder with another name.
     """
     store = ConfigStore.instance()
     for path in sorted(resource_dir("recipes").glob("*.yaml")):

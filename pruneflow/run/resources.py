@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def resource_dir(name: str) -> Path:
-    """The folder `conf` or `recipes`, wherever pruneflow runs from.
+    """The path of `conf/` or `recipes/`.
 
     Args:
         name: `"conf"` or `"recipes"`.
@@ -23,6 +23,5 @@ def resource_dir(name: str) -> Path:
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(
-        f"the folder {name!r} is expected beside or inside {package}, but it is in neither; "
-        "install pruneflow again"
+        f"`{name}` must be a folder in or next to {package}, got none; install pruneflow again"
     )

@@ -1,1 +1,1 @@
-"""Looks at any model and prunes nothing: its parameters, zeros, costs and channels."""
+"""Inspects models without pruning them: parameters, zeros, costs and channels."""

@@ -1,4 +1,4 @@
-"""Refuse weights that the forward pass computes anew, so that a zero does not stay zero."""
+"""Detect weights that the forward pass recomputes, so that pruned entries would not stay zero."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pruneflow.distributed import is_sharded
+from pruneflow.errors import expect
 from pruneflow.structure.layer_types import input_dim, is_weight
 from pruneflow.structure.parameters import NORMS, Pattern, Slot, locate, matching, named_modules
 
-_MULTIPLIES = ("conv", "linear", "matmul", "mm", "mv", "dot", "einsum")  # in the names of functions
+_MULTIPLIES = ("conv", "linear", "matmul", "mm", "mv", "dot", "einsum")  # parts of function names
 _BATCH = 97  # samples; a prime, so that no activation has the shape of a weight
 
 
 def check_computed(model: nn.Module, exclude: Sequence[Pattern]) -> None:
-    """Refuse weights that are computed from other parameters and would silently stay dense.
+    """Check that no weight is computed from other parameters, as it would silently stay dense.
 
     Raises:
-        ValueError: Naming each, and what it is computed from.
+        ValueError: Names each such weight and its parameters.
     """
     slots = locate(model)
     excluded = {name for pattern in exclude for name in matching(pattern, slots)}
@@ -35,30 +36,32 @@ def check_computed(model: nn.Module, exclude: Sequence[Pattern]) -> None:
         hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, NORMS)]
         for attribute in (*getattr(module, "parametrizations", ()), *(h.name for h in hooks)):
             path = f"{prefix}." if prefix else ""
-            own = (f"{path}parametrizations.{attribute}.", f"{path}{attribute}_")
-            sources = [name for name in trained if name.startswith(own)]
+            prefixes = (f"{path}parametrizations.{attribute}.", f"{path}{attribute}_")
+            sources = [name for name in trained if name.startswith(prefixes)]
             if is_weight(module, attribute) and sources:
                 computed.append(f"{path}{attribute} (from {', '.join(sources)})")
-    if computed:
-        raise ValueError(
-            "`include` is expected to say what to prune where weights are computed from other "
-            f"parameters: {'; '.join(computed)}; include those whose zeros the weight shares, as "
-            "in weight_norm and spectral_norm, or `exclude` them"
-        )
+    expect(
+        not computed,
+        "include",
+        "name the parameters to prune where a weight is computed from others",
+        "; ".join(computed),
+        "include those whose zeros carry over to the weight, as in weight_norm and spectral_norm, "
+        "or `exclude` them",
+    )
 
 
 def check_zeros_stay(slots: Mapping[str, Slot]) -> None:
-    """Refuse weights whose zeros are no zeros any more when their layer multiplies by them.
+    """Check that zeros in the weights are still zero when their layer multiplies by them.
 
-    So it is with weight standardisation, which subtracts the mean. A copy of each layer that has a
-    `forward` of its own, every other weight of it zero, is run to see what it multiplies by. A
-    layer that cannot be run alone is let pass.
+    They are not under weight standardisation, for example, which subtracts the mean. A copy of each
+    layer with a custom `forward` is run with every other weight set to zero, to see what it
+    multiplies by. A layer that cannot be run by itself passes.
 
     Args:
-        slots: Qualified name -> place of a weight that is to be pruned.
+        slots: Qualified name -> slot of a weight to prune.
 
     Raises:
-        ValueError: Naming them.
+        ValueError: Names the weights whose zeros are lost.
 
     Example:
         >>> class Standardised(nn.Linear):
@@ -76,19 +79,20 @@ def check_zeros_stay(slots: Mapping[str, Slot]) -> None:
         for name, slot in slots.items()
         if not is_sharded(slot.parameter) and _has_own_forward(slot.module) and _loses_zeros(slot)
     ]
-    if lost:
-        raise ValueError(
-            "`include` must leave out weights that `forward` computes anew from the parameter, so "
-            "that zeros do not stay zero, as weight standardisation does, got "
-            f"{', '.join(lost)}; `exclude` them, or let `forward` multiply the result by "
-            "`weight != 0`"
-        )
+    expect(
+        not lost,
+        "include",
+        "leave out weights that `forward` recomputes from the parameter so that zeros are lost, as "
+        "weight standardisation does",
+        ", ".join(lost),
+        "`exclude` them, or multiply the result by `weight != 0` in `forward`",
+    )
 
 
 def _has_own_forward(layer: nn.Module) -> bool:
     functions = (layer.forward, getattr(layer, "_conv_forward", layer.forward))
-    own = any(not function.__module__.startswith("torch.") for function in functions)
-    return own or isinstance(layer, ParametrizationList)
+    custom = any(not function.__module__.startswith("torch.") for function in functions)
+    return custom or isinstance(layer, ParametrizationList)
 
 
 @torch.no_grad()
@@ -101,7 +105,7 @@ def _loses_zeros(slot: Slot) -> bool:
         left = int(weight.count_nonzero())
         with torch.random.fork_rng(), _Multipliers(weight.shape) as multipliers:
             result = layer.forward(*example)  # not layer(...), which would run hooks
-    except Exception:  # the code of the layer, which may want another input
+    except Exception:  # the layer's own code, which may need another input
         return False
     if not example and result.shape == weight.shape:
         multipliers.nonzeros.append(int(result.count_nonzero()))
@@ -109,7 +113,7 @@ def _loses_zeros(slot: Slot) -> bool:
 
 
 def _checkered(shape: torch.Size) -> Tensor:
-    """Every other entry, along any dimension; so that no row or column is empty as a whole."""
+    """Every other entry along each dimension, so that no row or column is all zero."""
     board = torch.zeros(shape, dtype=torch.bool)
     for dim, size in enumerate(reversed(shape)):
         board ^= (torch.arange(size) % 2 == 0).view(-1, *[1] * dim)
@@ -117,7 +121,7 @@ def _checkered(shape: torch.Size) -> Tensor:
 
 
 def _example(layer: nn.Module, attribute: str, weight: Tensor) -> tuple[Tensor, ...]:
-    """What a layer takes; a parametrization takes nothing, and gives the weight."""
+    """An input for a layer; a parametrization takes none and returns the weight."""
     if isinstance(layer, ParametrizationList):
         return ()
     if isinstance(layer, _ConvNd):
@@ -128,10 +132,10 @@ def _example(layer: nn.Module, attribute: str, weight: Tensor) -> tuple[Tensor, 
 
 
 class _Multipliers(TorchFunctionMode):
-    """Counts what is not zero in the tensors of one shape that convolutions and products get.
+    """Counts the nonzeros of tensors of a given shape passed to convolutions and products.
 
     Args:
-        shape: The shape, in any order of its dimensions.
+        shape: The shape, with its dimensions in any order.
     """
 
     def __init__(self, shape: torch.Size) -> None:

@@ -1,4 +1,4 @@
-"""Take over what Lightning's ModelPruning or `torch.nn.utils.prune` has pruned."""
+"""Convert models and checkpoints pruned by ModelPruning or `torch.nn.utils.prune`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from pruneflow.errors import expect
 from pruneflow.structure.parameters import Slot
 
-# The order in which PyTorch's layers register their parameters; the recurrent ones know their own.
+# The order in which PyTorch's layers register their parameters, except recurrent ones.
 _ORDER = (
     *("weight", "weight_ih", "weight_hh"),
     *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
@@ -21,19 +22,19 @@ _ORDER = (
 
 
 def fold(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Give a `state_dict` the plain model's keys: `weight_orig` and `weight_mask` become `weight`.
+    """Convert a `state_dict` to plain keys: `weight_orig` and `weight_mask` become `weight`.
 
-    Pruned weights become exactly +0.0. Load it into the plain model and train with
-    `from_zeros=True` to hold them, those that `include` selects: ModelPruning prunes biases as well
-    unless told otherwise, so name them, `include=["*.weight", "*.bias"]`. What is no such pair
-    stays: a model already folded, or a buffer that happens to end in `_mask`.
+    Pruned weights become exactly +0.0. Load the result into the plain model and train with
+    `from_zeros=True` to keep them pruned. Lightning's ModelPruning prunes biases by default, so
+    include them: `include=["*.weight", "*.bias"]`. All other entries are left unchanged, such as
+    those of a plain model or a buffer whose name happens to end in `_mask`.
 
     Args:
-        state_dict: That of a model under `torch.nn.utils.prune`, or what a Lightning checkpoint has
-            under "state_dict". It is left as it is.
+        state_dict: The `state_dict` of a model under `torch.nn.utils.prune`, or the "state_dict" of
+            a Lightning checkpoint. It is not modified.
 
     Raises:
-        ValueError: If a whole checkpoint came, or a mask has another shape than its weight.
+        ValueError: If it is a whole checkpoint, or a mask and its weight differ in shape.
 
     Example:
         >>> layer = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.75)
@@ -42,17 +43,19 @@ def fold(state_dict: dict[str, Any]) -> dict[str, Any]:
         >>> nn.Linear(4, 2).load_state_dict(fold(layer.state_dict()))
         <All keys matched successfully>
     """
-    if isinstance(state_dict.get("state_dict"), Mapping):
-        raise ValueError(
-            "`state_dict` is expected to hold the tensors of a model, but a checkpoint came; give "
-            "checkpoint['state_dict']"
-        )
+    expect(
+        not isinstance(state_dict.get("state_dict"), Mapping),
+        "state_dict",
+        "hold the tensors of a model",
+        "a checkpoint",
+        "give checkpoint['state_dict']",
+    )
     names = {
         name
         for name in (key.removesuffix("_orig") for key in state_dict)
         if name not in state_dict and f"{name}_mask" in state_dict
     }
-    folded = copy.copy(state_dict)  # with the modules' versions, which are its `_metadata`
+    folded = copy.copy(state_dict)  # keeps `_metadata`, the versions of the modules
     folded.clear()
     for key, value in state_dict.items():
         name, _, part = key.rpartition("_")
@@ -65,11 +68,11 @@ def fold(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def fold_model(model: nn.Module) -> None:
-    """Make a model under `torch.nn.utils.prune` plain, in place.
+    """Make masks of `torch.nn.utils.prune` permanent, in place.
 
-    Parameters remain the same objects, so that optimizers keep holding them, and get back their
-    names and, in PyTorch's own layers, their order. Pruned weights become exactly +0.0; train with
-    `from_zeros=True` to hold them.
+    Parameters stay the same objects, so optimizers still hold them, and get their original names
+    back, and in PyTorch's own layers their order. Pruned weights become exactly +0.0; train with
+    `from_zeros=True` to keep them pruned.
 
     Example:
         >>> layer = prune.l1_unstructured(nn.Linear(4, 2), "weight", amount=0.75)
@@ -83,7 +86,7 @@ def fold_model(model: nn.Module) -> None:
         for name in names:
             mask = module.get_buffer(f"{name}_mask")
             prune.remove(module, name)
-            # A negative weight times 0 is -0.0, and what is not finite stays so.
+            # A negative weight times 0 is -0.0, and NaN or infinity times 0 is NaN.
             module.get_parameter(name).masked_fill_(mask == 0, 0)
         if names:
             for name in _order(module):
@@ -91,11 +94,13 @@ def fold_model(model: nn.Module) -> None:
 
 
 def _masked(name: str, weight: Tensor, mask: Tensor) -> Tensor:
-    if weight.shape != mask.shape:
-        raise ValueError(
-            f"`state_dict` is expected to hold a mask of the shape of its weight, but of {name!r} "
-            f"they are {tuple(mask.shape)} and {tuple(weight.shape)}; take both from one model"
-        )
+    expect(
+        weight.shape == mask.shape,
+        "state_dict",
+        "hold a mask of the same shape for each weight",
+        f"{tuple(mask.shape)} for {name!r} of shape {tuple(weight.shape)}",
+        "take both from the same model",
+    )
     return (weight * mask.to(weight.dtype)).masked_fill(mask == 0, 0)
 
 

@@ -1,4 +1,4 @@
-"""Which types of layers have weights to prune, and along which dimension they multiply."""
+"""Which layer types have weights to prune, and their input dimension."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pruneflow.errors import expect
+
 
 @dataclass(frozen=True)
 class LayerType:
-    """What is known of a type of layer; see `register_layer`."""
+    """The weights of a layer type; see `register_layer`."""
 
     weights: tuple[str, ...]
     input_dim: int
@@ -25,7 +27,7 @@ _TYPES: dict[type[nn.Module] | str, LayerType] = {
     nn.RNNBase: LayerType(("weight_*",), 1),
     nn.RNNCellBase: LayerType(("weight_*",), 1),
     nn.MultiheadAttention: LayerType(("*_proj_weight",), 1),
-    # By name, since their packages need not be installed, or take long to import.
+    # By name, as these packages may not be installed or are slow to import.
     "torchvision.ops.deform_conv.DeformConv2d": LayerType(("weight",), 1),
     "transformers.pytorch_utils.Conv1D": LayerType(("weight",), 0),
 }
@@ -34,17 +36,17 @@ _TYPES: dict[type[nn.Module] | str, LayerType] = {
 def register_layer(
     layer: type[nn.Module], weights: str | tuple[str, ...] = "weight", *, input_dim: int = 1
 ) -> None:
-    """Make the weights of a type of layer prunable by default, and those of its subclasses.
+    """Make the weights of a layer type, and of its subclasses, prunable by default.
 
     Args:
         layer: The type.
         weights: Names of its weights, or globs over them, such as `("up_proj", "down_proj")`.
-        input_dim: The dimension of the weights along which the layer multiplies and adds up, which
-            is where `NM` counts: 1 for `x @ weight.T`, as in `nn.Linear`, 0 for `x @ weight`, and 1
-            for experts of a mixture, `(experts, inputs, outputs)`.
+        input_dim: The input dimension of the weights, which the layer sums over and `NM` groups
+            along: 1 for `x @ weight.T`, as in `nn.Linear`, 0 for `x @ weight`, and 1 for a mixture
+            of experts with weights `(experts, inputs, outputs)`.
 
     Raises:
-        TypeError: If `layer` is no type of module, or `weights` are no names.
+        TypeError: If `layer` is not a module type, or `weights` are not names.
 
     Example:
         >>> import torch; from pruneflow import sparsity_report
@@ -56,27 +58,29 @@ def register_layer(
         >>> [layer.name for layer in sparsity_report(nn.Sequential(Conv1D(4, 8))).layers]
         ['0.weight']
     """
-    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        raise TypeError(
-            f"`layer` must be a type of module, got {layer!r}; give the class, not an instance"
-        )
+    is_type = isinstance(layer, type) and issubclass(layer, nn.Module)
+    remedy = "give the class, not an instance"
+    expect(is_type, "layer", "be a module type", repr(layer), remedy, error=TypeError)
     names = (weights,) if isinstance(weights, str) else weights
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"`weights` must be the name of a parameter or a tuple of them, got {weights!r}; give "
-            "'weight', say"
-        )
+    expect(
+        isinstance(names, tuple | list) and all(isinstance(name, str) for name in names),
+        "weights",
+        "be the name of a parameter or a tuple of names",
+        repr(weights),
+        "try 'weight'",
+        error=TypeError,
+    )
     _TYPES[layer] = LayerType(tuple(names), input_dim)
 
 
 def is_weight(module: nn.Module, attribute: str) -> bool:
-    """Whether a parameter of a module is known to be a weight that it multiplies with."""
+    """Whether a parameter is a weight of a known layer type."""
     known = _type_of(module)
     return known is not None and any(fnmatchcase(attribute, glob) for glob in known.weights)
 
 
 def input_dim(module: nn.Module, attribute: str) -> int | None:
-    """The dimension of a weight along which its layer multiplies; None if that is not known."""
+    """The input dimension of a weight; None if the layer type is unknown."""
     known = _type_of(module)
     return known.input_dim if known is not None and is_weight(module, attribute) else None
 

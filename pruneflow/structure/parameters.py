@@ -1,4 +1,4 @@
-"""Which: the tensors of a model that can be pruned, by glob over their names and by module type."""
+"""Select the tensors to prune, by globs over their names or by module type."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pruneflow.errors import expect
 from pruneflow.structure.layer_types import is_weight
 
 Pattern = str | type[nn.Module]
 
-NORMS = (WeightNorm, SpectralNorm)  # hooks of the older form, from before parametrizations
+NORMS = (WeightNorm, SpectralNorm)  # hooks, from before parametrizations
 _MOST_DENSE = 0.1  # share of all parameters that may stay dense without a warning
-_MOST_NAMES = 8  # of tensors of repeated blocks, beyond which they are listed as one
-# Class of a wrapper -> where the module is that it wraps. By name: to import them all takes long,
-# and not every installation has them.
+_MOST_NAMES = 8  # more tensors of repeated blocks are listed as one
+# Class of a wrapper -> the attribute with the wrapped module. By name, as these classes are slow to
+# import, and not every installation has them.
 _WRAPPERS = {
     "ActivationWrapper": "_checkpoint_wrapped_module",
     "AveragedModel": "module",
@@ -39,12 +40,12 @@ _WRAPPERS = {
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a model that holds a parameter: `module.<attribute>`.
+    """Where a model holds a parameter: `module.<attribute>`.
 
     Args:
         module: The module that owns the parameter.
         attribute: Its name in the module, such as `weight`.
-        others: Further places that hold the same (tied) parameter.
+        others: Where else the same (tied) parameter is used: (name, module, attribute).
     """
 
     module: nn.Module
@@ -53,13 +54,13 @@ class Slot:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The leaf that is trained; of a weight under `torch.nn.utils.prune`, its `_orig`."""
+        """The leaf that is trained; under `torch.nn.utils.prune`, the `_orig` parameter."""
         name = f"{self.attribute}_orig" if self.reparametrized else self.attribute
         return self.module.get_parameter(name)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that own the parameter: several if it is tied."""
+        """The modules that own the parameter; several if it is tied."""
         return (self.module, *(module for _, module, _ in self.others))
 
     @property
@@ -72,21 +73,21 @@ class Slot:
 
     @property
     def reparametrized(self) -> bool:
-        """Whether `torch.nn.utils.prune` holds a mask on it."""
+        """Whether it has a mask of `torch.nn.utils.prune`."""
         return _reparametrized(self.module, self.attribute)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of `select`.
+    """The result of `select`.
 
     Args:
-        slots: Qualified name -> place, in the order of `named_parameters()`.
-        frozen: What matched but is frozen (`requires_grad=False`), hence left out of `slots`.
-        dense: Trained tensors of two or more dimensions that are in neither.
-        overlooked: Those of them that no pattern speaks of: if there is no `include`, all but what
-            `exclude` leaves out.
-        parameters: Number of all parameters of the model.
+        slots: Qualified name -> slot, in the order of `named_parameters()`.
+        frozen: Tensors that match but are frozen (`requires_grad=False`); not in `slots`.
+        dense: All other trained tensors of two or more dimensions.
+        overlooked: Those of `dense` that no pattern mentions: none if there is an `include`,
+            otherwise all that `exclude` does not match.
+        parameters: Number of parameters of the model.
     """
 
     slots: Mapping[str, Slot]
@@ -96,28 +97,25 @@ class Selection:
     parameters: int
 
     def describe_dense(self) -> str:
-        """Name the tensors that stay dense, in one line, with their share of all parameters.
-
-        Empty if there are none.
-        """
+        """One line with the tensors that stay dense and their share of all parameters, or ""."""
         shares = self._shares(self.dense)
         what = "Trained tensors that stay dense (share of all parameters)"
         return f"{what}: {shares}" if shares else ""
 
     def warn_overlooked(self, stacklevel: int = 3) -> None:
-        """Warn if much of the model stays dense though nobody asked for that."""
+        """Warn if much of the model stays dense by default."""
         share = self._share(self.overlooked, self.overlooked)
         if share > _MOST_DENSE:
             warnings.warn(
-                f"{share:.1%} of all parameters are neither pruned nor counted, as they are no "
+                f"{share:.1%} of all parameters are neither pruned nor counted, as they are not "
                 "weights of layers that are pruned by default: "
                 f"{self._shares(self.overlooked)}; name them in `include`, call `register_layer` "
-                "with the type of their layer, or `exclude` what is to stay dense",
+                "with the type of their layer, or `exclude` them to keep them dense",
                 stacklevel=stacklevel,
             )
 
     def _shares(self, slots: Mapping[str, Slot]) -> str:
-        alike: dict[str, list[str]] = {}  # those of repeated blocks under one name, blocks.*.weight
+        alike: dict[str, list[str]] = {}  # blocks.*.weight -> names
         for name in slots:
             alike.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
         shares = []
@@ -133,7 +131,7 @@ class Selection:
 
 
 class Places:
-    """The modules and parameters of a model, to notice when others take their places.
+    """The modules and parameters of a model, to detect when any of them is replaced.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -157,11 +155,11 @@ class Places:
 
 
 def wrapped(module: nn.Module) -> str | None:
-    """The attribute in which a wrapper has what it wraps; None of what is no wrapper.
+    """The attribute of a wrapper that holds the wrapped module; None if it is not a wrapper.
 
     Wrappers are `torch.compile`, `DataParallel` and `DistributedDataParallel`, activation
-    checkpointing and offloading, `AveragedModel`, what Lightning Fabric sets up, and every module
-    whose class names such an attribute in `wraps`.
+    checkpointing and offloading, `AveragedModel`, modules set up by Lightning Fabric, and every
+    module whose class names such an attribute in `wraps`.
 
     Example:
         >>> class Task(nn.Module):
@@ -182,7 +180,7 @@ def wrapped(module: nn.Module) -> str | None:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()`, by the names of the plain model.
+    """`model.named_modules()`, with the names in the unwrapped model.
 
     Example:
         >>> dict(named_modules(nn.DataParallel(nn.Sequential(nn.Flatten()))))["0"]
@@ -200,9 +198,9 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def locate(model: nn.Module) -> dict[str, Slot]:
     """Every parameter of `model` once, by its canonical name.
 
-    Canonical names are those of the plain model: without what wrappers put into them, such as
-    `torch.compile` (`_orig_mod.`) or a LightningModule that says what it `wraps`, and without the
-    `_orig` of `torch.nn.utils.prune`. A tied parameter goes by its first name.
+    Canonical names are those of the plain model, without prefixes of wrappers such as
+    `torch.compile` (`_orig_mod.`) or a LightningModule that declares what it `wraps`, and without
+    the `_orig` of `torch.nn.utils.prune`. A tied parameter is listed under its first name.
 
     Example:
         >>> list(locate(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
@@ -221,17 +219,14 @@ def locate(model: nn.Module) -> dict[str, Slot]:
 
 
 def check_not_lazy(model: nn.Module) -> None:
-    """Refuse layers that wait for the first forward pass to make their parameters.
+    """Check that a model has no uninitialized lazy layers.
 
     Raises:
-        ValueError: Naming them.
+        ValueError: Names them.
     """
     lazy = [n for n, m in model.named_modules() if any(map(is_lazy, m._parameters.values()))]
-    if lazy:
-        raise ValueError(
-            "`model` must have all its parameters, got lazy layers that make theirs in the first "
-            f"forward pass: {', '.join(lazy)}; run the model once before"
-        )
+    got = f"uninitialized lazy layers: {', '.join(lazy)}"
+    expect(not lazy, "model", "have initialized parameters", got, "run the model once first")
 
 
 def select(
@@ -239,23 +234,24 @@ def select(
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] = (),
 ) -> Selection:
-    """Choose the parameters to prune.
+    """Select the parameters to prune.
 
-    Prunable by default are the weights of convolutions, `Linear`, `Bilinear`, recurrent layers,
-    the projections of `MultiheadAttention`, and what `register_layer` has added. Tied parameters
-    count once, and by default only if they are prunable in every place. Frozen ones are left out.
+    By default, these are the weights of convolutions, `Linear`, `Bilinear` and recurrent layers,
+    the projections of `MultiheadAttention`, and the weights of layer types added by
+    `register_layer`. A tied parameter counts once, and by default only if it is such a weight
+    everywhere it is used. Frozen parameters are left out.
 
     Args:
         model: The model.
-        include: Globs over qualified names and module types; None stands for all that is prunable
-            by default. A glob that says how tensors are called, such as `"*.weight"` or
-            `"fc.bias"`, picks all of that name. One that says only where they are, such as
-            `"layer1.*"`, picks the weights there: tensors of two or more dimensions that are no
-            biases, or else everything. A type, such as `nn.Conv2d`, picks the weights of modules of
-            that type.
-        exclude: Patterns of what to leave out, biases among it.
+        include: Globs over qualified names, and module types; None selects the default. A glob that
+            names tensors, such as `"*.weight"` or `"fc.bias"`, selects all tensors it matches. A
+            glob that only names modules, such as `"layer1.*"`, selects their weights: tensors of
+            two or more dimensions except biases, or all tensors if there are none. A type, such as
+            `nn.Conv2d`, selects the weights of modules of that type.
+        exclude: Globs and module types to leave out, including biases.
 
     Raises:
+        TypeError: If `include` or `exclude` is not a list of globs and module types.
         ValueError: If a pattern matches nothing, nothing is left to prune, or tensors to prune are
             lazy or on the meta device.
 
@@ -269,12 +265,16 @@ def select(
         ['0.weight']
     """
     for argument, patterns in (("include", include or ()), ("exclude", exclude)):
-        # A string is a sequence as well, and of "*.weight" the first glob matches everything.
-        if isinstance(patterns, str | type) or not all(isinstance(p, str | type) for p in patterns):
-            raise TypeError(
-                f"`{argument}` is expected to be a list of globs and module types, but "
-                f"{patterns!r} came; put it in brackets, or take the type of a module"
-            )
+        # A string is a sequence too, and the first character of "*.weight" matches everything.
+        single = isinstance(patterns, str | type)
+        expect(
+            not single and all(isinstance(pattern, str | type) for pattern in patterns),
+            argument,
+            "be a list of globs and module types",
+            repr(patterns),
+            "put it in brackets, or give the type of the module",
+            error=TypeError,
+        )
     slots = locate(model)
     check_not_lazy(model)
     chosen = {name for name, slot in slots.items() if _prunable_by_default(slot)}
@@ -300,16 +300,18 @@ def select(
     selected = {name: slot for name, slot in slots.items() if name in chosen}
     if not selected:
         raise ValueError(
-            "`include` and `exclude` are expected to leave at least one tensor to prune, but of "
-            f"{len(slots)} parameters none is left; widen `include`, or "
-            "call `register_layer` with the type of its layers"
+            "`include` and `exclude` must leave at least one tensor to prune, got none of "
+            f"{len(slots)} parameters; widen `include`, or call `register_layer` with the type of "
+            "the layers"
         )
     empty = [name for name, slot in selected.items() if slot.parameter.is_meta]
-    if empty:
-        raise ValueError(
-            "`model` must hold its weights, got tensors on the meta device, which have none: "
-            f"{', '.join(empty)}; call `model.to_empty(device=...)` and fill them before"
-        )
+    expect(
+        not empty,
+        "model",
+        "have its weights in memory",
+        f"tensors on the meta device: {', '.join(empty)}",
+        "call `model.to_empty(device=...)` and initialize them first",
+    )
     frozen = {name: slot for name, slot in selected.items() if not slot.parameter.requires_grad}
     dense = {
         name: slot
@@ -326,38 +328,40 @@ def select(
 
 
 def ties(slots: Mapping[str, Slot]) -> dict[str, list[str]]:
-    """Qualified name -> the further names of each tensor, under which it is tied."""
+    """Qualified name of each tensor -> the other names under which it is tied."""
     return {name: [other for other, _, _ in slot.others] for name, slot in slots.items()}
 
 
 def check_kept(before: Mapping[str, list[str]], slots: Mapping[str, Slot]) -> None:
-    """Refuse a model in which tensors to prune are gone, or tied otherwise than before.
+    """Check that the tensors to prune still exist and are tied as before.
 
     Args:
         before: The `ties` of these tensors when they were selected.
-        slots: The places that there are now.
+        slots: The slots of the model now.
 
     Raises:
-        ValueError: Naming them.
+        ValueError: Names the tensors that are gone or tied differently.
     """
     now = ties(slots)
     lost = [name for name, others in before.items() if now.get(name) != others]
-    if lost:
-        raise ValueError(
-            "`model` must keep the tensors that are pruned, and what they are tied to, but not so "
-            f"{', '.join(lost)}; make a new Pruner after its layers were replaced"
-        )
+    expect(
+        not lost,
+        "model",
+        "keep its pruned tensors and how they are tied",
+        f"changes to {', '.join(lost)}",
+        "create a new Pruner after replacing layers",
+    )
 
 
 def check_storage(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that share memory, so that pruning one of them changes another.
+    """Check that tensors to prune do not share memory with each other or with other tensors.
 
     Args:
-        tensors: Qualified name -> what is to be pruned; of a sharded tensor the local part.
-        others: What is not to be pruned.
+        tensors: Qualified name -> tensor to prune; the local shard of a sharded tensor.
+        others: Tensors that are not pruned.
 
     Raises:
-        ValueError: Naming them.
+        ValueError: Names the tensors that share memory.
     """
     shared = []
     places: dict[tuple[torch.device, int], list[tuple[str, Tensor]]] = {}
@@ -366,7 +370,7 @@ def check_storage(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -
             continue
         sizes = zip(tensor.stride(), tensor.shape, strict=True)
         if name in tensors and any(stride == 0 and size > 1 for stride, size in sizes):
-            shared.append(f"{name} (entries of its own, as `expand` makes them)")
+            shared.append(f"{name} (its own entries, as after `expand`)")
         else:
             storage = tensor.untyped_storage().data_ptr()
             places.setdefault((tensor.device, storage), []).append((name, tensor))
@@ -374,23 +378,24 @@ def check_storage(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -
         for (one, a), (other, b) in combinations(members, 2):
             if (one in tensors or other in tensors) and _overlap(a, b):
                 shared.append(f"{one} and {other}")
-    if shared:
-        raise ValueError(
-            "`include` must select tensors with memory of their own, got some that share it: "
-            f"{', '.join(shared)}; tie them as one parameter, `exclude` them, or copy one with "
-            "`.clone()`"
-        )
+    expect(
+        not shared,
+        "include",
+        "select tensors that do not share memory",
+        ", ".join(shared),
+        "tie them as one parameter, `exclude` them, or copy one with `.clone()`",
+    )
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether it is laid out in one storage; not sparse, or made of others as quantised ones."""
+    """Whether it has a single storage, unlike sparse tensors and wrapper subclasses."""
     return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two views of one storage have an entry in common."""
     (first, last), (start, end) = _extent(a), _extent(b)
-    if last < start or end < first:  # the usual case, as in a buffer of many parameters
+    if last < start or end < first:  # the usual case: parameters in one flat buffer
         return False
     taken = torch.zeros(max(last, end) + 1, dtype=torch.bool)
     taken.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
@@ -414,7 +419,7 @@ def _prunable_by_default(slot: Slot) -> bool:
 
 
 def _included(pattern: Pattern, slots: Mapping[str, Slot]) -> list[str]:
-    """What a pattern includes: all that it names, or the weights of the modules that it names."""
+    """The tensors a pattern includes: those it names, or the weights of the modules it names."""
     matched = matching(pattern, slots)
     named = [name for name in matched if not _names_modules(pattern, name)]
     inside = [name for name in matched if _names_modules(pattern, name)]
@@ -424,7 +429,7 @@ def _included(pattern: Pattern, slots: Mapping[str, Slot]) -> list[str]:
 
 
 def _names_modules(pattern: Pattern, name: str) -> bool:
-    """Whether a pattern would match as well if the tensor had any other name in its module."""
+    """Whether a pattern matches the module, whatever the tensor in it is called."""
     if isinstance(pattern, type):
         return True
     module, dot, _ = name.rpartition(".")
@@ -432,7 +437,7 @@ def _names_modules(pattern: Pattern, name: str) -> bool:
 
 
 def matching(pattern: Pattern, slots: Mapping[str, Slot]) -> list[str]:
-    """Names of the parameters that a glob or a type of module matches, by any of their names."""
+    """Names of the parameters that a glob or module type matches, under any of their names."""
 
     def matches(name: str, module: nn.Module) -> bool:
         if isinstance(pattern, str):
@@ -452,20 +457,20 @@ def _no_match(argument: str, pattern: Pattern, slots: Mapping[str, Slot]) -> str
         near = difflib.get_close_matches(pattern, [*slots, *modules], n=3, cutoff=0.4)
         hint = near or list(slots)[:3]
         return (
-            f"`{argument}` pattern {pattern!r} is expected to match a parameter, but matches none; "
-            f"near names: {', '.join(hint)}"
+            f"`{argument}` must match parameters of the model, got {pattern!r}, which matches "
+            f"none; near names: {', '.join(hint)}"
         )
     kinds = sorted({type(slot.module).__name__ for slot in slots.values()})
     return (
-        f"`{argument}` type {pattern.__name__} is expected to be that of a module with parameters, "
-        f"but the model has none; it has: {', '.join(kinds)}"
+        f"`{argument}` must match parameters of the model, got type {pattern.__name__}, which has "
+        f"none; its modules with parameters: {', '.join(kinds)}"
     )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain model inside `DistributedDataParallel`, `torch.compile` and other wrappers.
+    """The model inside `DistributedDataParallel`, `torch.compile` and other wrappers.
 
-    A wrapper to which `fully_shard` was applied stays, as it alone can let go of gathered weights.
+    A wrapper that `fully_shard` was applied to is kept: only it can reshard the gathered weights.
 
     Example:
         >>> layer = nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Run a model on an example of what it takes, and leave it as it was."""
+"""Run a model on an example input without changing it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pruneflow.distributed import reshard
 from pruneflow.structure.parameters import check_not_lazy
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""What a model takes: one tensor, positional arguments, or keyword arguments."""
+"""The input of a model: one tensor, positional arguments, or keyword arguments."""
 
 
 def arguments(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the keyword arguments that an example stands for.
+    """The positional and keyword arguments in an example input.
 
     Raises:
-        ValueError: If it stands for none.
+        ValueError: If it is neither a tensor nor arguments.
 
     Example:
         >>> arguments({"scale": 2})
@@ -40,43 +40,43 @@ def arguments(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(example_input)
     raise ValueError(
         "`example_input` must be a tensor, a tuple of positional arguments or a dict of keyword "
-        f"arguments, got {type(example_input).__name__}; give what `forward` takes"
+        f"arguments, got {type(example_input).__name__}; pass the arguments of `forward`"
     )
 
 
 def tensors_in(example_input: Example) -> list[Tensor]:
-    """The tensors of an example, in order."""
+    """The tensors in an example input, in order."""
     return [leaf for leaf in tree_leaves(arguments(example_input)) if isinstance(leaf, Tensor)]
 
 
 def device_of(model: nn.Module, example_input: Example) -> torch.device:
-    """The device of the example; without a tensor in it, of the model."""
+    """The device of the example input, or of the model if the input has no tensors."""
     for tensor in (*tensors_in(example_input), *model.parameters()):
         return tensor.device
     return torch.device("cpu")
 
 
 def call(model: nn.Module, example_input: Example) -> Any:
-    """What a model returns for an example, which is not changed.
+    """Call a model on a copy of an example input.
 
     Raises:
-        ValueError: If the model does not take it.
+        ValueError: If the model fails.
     """
     args, kwargs = tree_map(clone, arguments(example_input))
     try:
         return model(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # it is the model's own code
+    except Exception as error:  # the model's own code can raise anything
         raise ValueError(
-            f"`example_input` must be what {type(model).__name__} takes, got "
-            f"{type(error).__name__}: {error}; give a tensor, a tuple of positional arguments or a "
+            f"`example_input` must be a valid input of {type(model).__name__}, got "
+            f"{type(error).__name__}: {error}; pass a tensor, a tuple of positional arguments or a "
             "dict of keyword arguments"
         ) from error
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy of a model; activations that it keeps, as `weight_norm` does, lose their graph.
+    """A deep copy of a model; activations it stores, as `weight_norm` does, are detached.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -89,45 +89,60 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def clone(value: Any) -> Any:
-    """A tensor of its own; anything else as it is."""
+    """A copy of a tensor; any other value as it is."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager
 def evaluating(model: nn.Module, example_input: Example) -> Iterator[None]:
-    """Run a model, or trace it, without a trace.
+    """Run or trace a model in evaluation mode and without gradients, then restore it.
 
-    In evaluation mode, without gradients, and with new tensors on the device of the input. At the
-    end the model is again as it was: its modules, hooks and attributes, the lists, dicts and sets
-    among them, those of objects such as a config, the values of all tensors; and so are the
-    generators of random numbers.
+    New tensors are created on the device of the input. At the end everything that `undisturbed`
+    lists is restored.
 
     Raises:
-        ValueError: If layers wait for the first forward pass to make their parameters.
+        ValueError: If the model has uninitialized lazy layers.
     """
     check_not_lazy(model)
     device = device_of(model, example_input)
-    used = [device] if device.type == "cuda" else []
+    with undisturbed(model, device), torch.no_grad(), device:
+        for module in model.modules():
+            module.training = False  # not `eval()`, which models may override
+        yield
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device | None = None) -> Iterator[None]:
+    """Restore a model and the states of the random number generators at the end.
+
+    Restored are its modules, hooks and attributes, including lists, dicts, sets and the attributes
+    of objects such as a config, and the values of all tensors. Gradients are left alone.
+
+    Args:
+        model: The model.
+        device: The device whose generator is restored besides the CPU's; None for that of the
+            model's first parameter.
+    """
+    if device is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
     reshard(model)
-    put_back = _snapshot(model)
+    restore = _snapshot(model)
     states = random.getstate(), np.random.get_state()
     try:
-        for module in model.modules():
-            module.training = False  # not `eval()`, which a model may have its own ideas of
-        with torch.random.fork_rng(devices=used), torch.no_grad(), device:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         reshard(model)
-        put_back()
+        restore()
         random.setstate(states[0])
         np.random.set_state(states[1])
 
 
 def _snapshot(model: nn.Module) -> Callable[[], None]:
-    """Note all that hangs on a model; the result puts it back.
+    """Save the state of a model; calling the result restores it.
 
-    It takes the memory of one more copy of the weights: layers such as `nn.Embedding(max_norm=1)`
-    write theirs in every forward pass.
+    This copies the weights, as layers such as `nn.Embedding(max_norm=1)` modify theirs in the
+    forward pass.
     """
     kinds: list[tuple[nn.Module, type]] = []
     containers: list[tuple[Any, list[Any]]] = []
@@ -140,7 +155,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
         elif _is_plain(part):
             tensors.append((part, part.data, part.detach().clone(), part.requires_grad))
 
-    def put_back() -> None:
+    def restore() -> None:
         for module, kind in kinds:
             if type(module) is not kind:
                 module.__class__ = kind
@@ -154,18 +169,18 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             if not tensor.is_set_to(memory):
                 tensor.data = memory
             if not torch.equal(_bytes(memory), _bytes(values)):
-                # Of the memory, not of the tensor: a graph that holds it is still to be used.
+                # Write to the memory, not the tensor, so that autograd graphs stay valid.
                 with torch.inference_mode(memory.is_inference()):
                     memory.copy_(values)
 
-    return put_back
+    return restore
 
 
 def _parts(model: nn.Module) -> Iterator[Any]:
-    """All modules, containers and tensors that hang on a model, each once.
+    """All modules, containers and tensors reachable from a model, each once.
 
-    Also the attributes of other objects, as of a config, but not those that hang on these in turn:
-    through the Trainer of a LightningModule that would be all there is.
+    Attributes of other objects, such as a config, are included one level deep: following the
+    Trainer of a LightningModule any further would reach everything.
     """
     seen: set[int] = set()
     pending: list[tuple[Any, bool]] = [(model, True)]
@@ -189,24 +204,26 @@ def _parts(model: nn.Module) -> Iterator[Any]:
 
 
 def _has_attributes(value: Any) -> bool:
-    """Whether it is an object of somebody's own; PyTorch's, as of FSDP, look after themselves."""
-    own = type(value).__module__.partition(".")[0] != "torch"
-    return own and not isinstance(value, Tensor | type | ModuleType) and hasattr(value, "__dict__")
+    """Whether its attributes are to be restored; PyTorch's objects, as in FSDP, are left alone."""
+    foreign = type(value).__module__.partition(".")[0] != "torch"
+    return (
+        foreign and not isinstance(value, Tensor | type | ModuleType) and hasattr(value, "__dict__")
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its values can be noted; the other kinds no forward pass writes in place."""
+    """Whether its values can be saved; forward passes do not modify other kinds in place."""
     strided = tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
     return type(tensor) in (Tensor, nn.Parameter) and strided
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    # So that NaN is the same as NaN.
+    # Compared as bytes so that NaN equals NaN.
     return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _contents(container: Any) -> list[Any]:
-    """What is in it, in order; of a dict, keys and values by turns."""
+    """The items in order; alternating keys and values for a dict."""
     if isinstance(container, dict):
         return [part for item in container.items() for part in item]
     return list(container)

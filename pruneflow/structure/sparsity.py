@@ -1,4 +1,4 @@
-"""Measure: exact zeros per tensor, compression ratio, theoretical speed-up."""
+"""Measure exact zeros per tensor, compression ratio and theoretical speed-up."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruneflow.distributed import whole
+from pruneflow.distributed import gather_full
 from pruneflow.structure.parameters import Pattern, Slot, locate, select, unwrap
 from pruneflow.structure.running import Example, call, evaluating
 
 COUNTED = (nn.modules.conv._ConvNd, nn.Linear)
-"""Layers whose multiply-adds are those of their weights."""
+"""Layers whose multiply-adds are all with their weight."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LayerSparsity:
         name: Qualified name.
         shape: Its shape.
         weights: Number of entries.
-        zeros: How many of them are exactly zero.
+        zeros: Number of entries that are exactly zero.
     """
 
     name: str
@@ -46,14 +46,14 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What `sparsity_report` measured; printing it gives a table.
+    """The result of `sparsity_report`; printing it gives a table.
 
     Args:
         layers: The prunable tensors.
+        parameters: Number of parameters of the model, including biases and normalisation.
+        multiply_adds: Multiply-adds of one forward pass of the dense model; None without an input.
+        remaining_multiply_adds: Those whose weight is not zero.
         dense: Other trained tensors of two or more dimensions, which are not counted.
-        parameters: All parameters of the model, biases and normalisation included.
-        multiply_adds: Those of one forward pass of the dense model; None without an input.
-        remaining_multiply_adds: Those that do not multiply by a pruned weight.
     """
 
     layers: tuple[LayerSparsity, ...]
@@ -79,12 +79,12 @@ class SparsityReport:
 
     @property
     def remaining(self) -> int:
-        """All parameters but the zeros among the prunable weights and the other trained tensors."""
+        """Number of parameters without the zeros in `layers` and `dense`."""
         return self.parameters - self.zeros - sum(layer.zeros for layer in self.dense)
 
     @property
     def compression_ratio(self) -> float:
-        """Original / remaining parameters, of the whole model."""
+        """Original / remaining parameters of the whole model."""
         return self.parameters / self.remaining if self.remaining else float("inf")
 
     @property
@@ -137,8 +137,7 @@ def sparsity(
         exclude: See `parameters.select`.
 
     Warns:
-        UserWarning: If more than a tenth of all parameters is not counted, though neither `include`
-            nor `exclude` speaks of it.
+        UserWarning: If more than a tenth of all parameters are not counted by default.
 
     Example:
         >>> layer = nn.Linear(4, 1)
@@ -157,20 +156,23 @@ def sparsity_report(
     include: Sequence[Pattern] | None = None,
     exclude: Sequence[Pattern] = (),
 ) -> SparsityReport:
-    """Count exact zeros, and with an input the multiply-adds, as Blalock et al. ask.
+    """Count exact zeros, and with an input also multiply-adds, as Blalock et al. recommend.
 
-    Frozen tensors, such as a teacher's, do not count, unless everything is frozen. Trained tensors
-    of two or more dimensions that are not prunable are listed as not counted, in `dense`.
+    Frozen tensors, such as a teacher's, are not counted unless all are frozen. Other trained
+    tensors of two or more dimensions are not counted either, but listed in `dense`.
 
-    A multiply-add is saved where an operation multiplies by a zero weight. What PyTorch does not
-    count, as the kernels of recurrent layers, is left out.
+    A multiply-add is saved where an operation multiplies by a zero weight. Operations that PyTorch
+    does not count, such as the kernels of recurrent layers, are left out.
 
     Args:
-        model: The model; run once in evaluation mode when there is an input.
-        example_input: A batch of one, to count multiply-adds with: a tensor, a tuple of positional
+        model: The model; with an input it is run once in evaluation mode.
+        example_input: A batch of one, to count multiply-adds: a tensor, a tuple of positional
             arguments or a dict of keyword arguments.
         include: See `parameters.select`.
         exclude: See `parameters.select`.
+
+    Warns:
+        UserWarning: If more than a tenth of all parameters are not counted by default.
 
     Example:
         >>> layer = nn.Linear(4, 1)
@@ -199,7 +201,9 @@ def sparsity_report(
 
 def _count_zeros(slots: Mapping[str, Slot]) -> tuple[LayerSparsity, ...]:
     return tuple(
-        LayerSparsity(name, tuple(weight.shape), weight.numel(), int(whole((weight == 0).sum())))
+        LayerSparsity(
+            name, tuple(weight.shape), weight.numel(), int(gather_full((weight == 0).sum()))
+        )
         for name, weight in ((name, slot.weight) for name, slot in slots.items())
     )
 
@@ -207,11 +211,11 @@ def _count_zeros(slots: Mapping[str, Slot]) -> tuple[LayerSparsity, ...]:
 def multiply_adds_by_weight(
     model: nn.Module, example_input: Example
 ) -> tuple[int, dict[str, float]]:
-    """Multiply-adds of one forward pass: all of them, and how many read each weight.
+    """Multiply-adds of one forward pass, in total and by weight.
 
-    An operation counts for the parameters that it is given, in whatever layer; where it is given
-    what was computed from them, as under `torch.nn.utils.prune`, for the weight of the convolution
-    or `Linear` that is running.
+    Those of an operation are attributed to the parameters among its inputs. If it has none, as
+    under `torch.nn.utils.prune`, they are attributed to the weight of the convolution or `Linear`
+    layer that is running.
 
     Example:
         >>> multiply_adds_by_weight(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
@@ -220,9 +224,9 @@ def multiply_adds_by_weight(
     model = unwrap(model)
     fast = torch.backends.mha.get_fastpath_enabled()
     with evaluating(model, example_input), FlopCounterMode(display=False) as counter:
-        torch.backends.mha.set_fastpath_enabled(False)  # which is not counted
+        torch.backends.mha.set_fastpath_enabled(False)  # its operations are not counted
         for parameter in model.parameters():
-            if type(parameter) is nn.Parameter:  # the counter fails on views of what is trained
+            if type(parameter) is nn.Parameter:  # the counter fails on views that require grad
                 parameter.requires_grad_(False)
         try:
             with _Attributing(model, counter) as attributing:
@@ -233,11 +237,11 @@ def multiply_adds_by_weight(
 
 
 class _Attributing(TorchDispatchMode):
-    """Shares out what is counted among weights.
+    """Attributes multiply-adds to weights.
 
     Args:
-        model: Gets hooks, which whoever runs it has to remove.
-        counter: Counts; it is entered before.
+        model: The model; the caller must remove the hooks added to it.
+        counter: Counts multiply-adds; it must already be active.
     """
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
@@ -257,7 +261,7 @@ class _Attributing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self._counter.get_total_flops()
         result = func(*args, **(kwargs or {}))
-        count = (self._counter.get_total_flops() - before) / 2  # of a multiply and an add
+        count = (self._counter.get_total_flops() - before) / 2  # FLOPs: a multiply and an add
         if count:
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             names = {name for tensor in given for name in self._by_memory.get(_memory(tensor), ())}
@@ -273,5 +277,5 @@ class _Attributing(TorchDispatchMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """What tells apart the memory that tensors lie in, be they views, and on the meta device."""
+    """Identifies the storage of a tensor, on the meta device too."""
     return int(tensor.untyped_storage()._cdata)

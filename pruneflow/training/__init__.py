@@ -1,1 +1,1 @@
-"""Rounds within a Lightning Trainer."""
+"""Pruning in a Lightning Trainer."""

@@ -1,4 +1,4 @@
-"""Gradients of the loss in a Trainer, for importances that need them."""
+"""Collect evidence for importance scores from the training batches of a Trainer."""
 
 from __future__ import annotations
 
@@ -7,90 +7,88 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from pruneflow.distributed import average_gradients
+from pruneflow.errors import expect
+from pruneflow.pruning.evidence import Evidence, Loss
 from pruneflow.pruning.schedules import whole_number
-from pruneflow.structure.parameters import locate
 from pruneflow.training.trainer import training_batches
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """The gradient of a loss over some batches of the training data, as each round needs it.
+class Calibration:
+    """A loss and a number of training batches, for importances that need more than weights.
 
-    It takes a forward and a backward pass for each batch, in the precision of the weights. The
-    model, its buffers (such as running means), the gradients that were there, random numbers and
-    the training's own batches are afterwards as they were before. Of several processes all get the
-    mean gradient.
+    Each round runs a forward pass per batch, and a backward pass if gradients are needed, in the
+    precision of the weights. It does not change the model, its buffers (such as running means),
+    existing gradients, random numbers or the order of the training batches. All processes get the
+    same evidence.
 
     Args:
         loss: `(module, batch) -> loss`: the mean loss of a batch, a scalar. The module is the
-            LightningModule; `training_step` will not do, as it logs.
-        batches: How many batches; the more, the less a score depends on which they are.
+            LightningModule; its `training_step` cannot be used, as it logs.
+        batches: Number of batches; more batches make scores less noisy.
 
     Raises:
         ValueError: If `batches` is not at least 1.
 
     Example:
         >>> from torch.nn.functional import cross_entropy
-        >>> Gradients(lambda module, batch: cross_entropy(module(batch[0]), batch[1])).batches
+        >>> Calibration(lambda module, batch: cross_entropy(module(batch[0]), batch[1])).batches
         8
     """
 
-    loss: Callable[[Any, Any], Tensor]
+    loss: Loss
     batches: int = 8
 
     def __post_init__(self) -> None:
         batches = whole_number(self.batches)
-        if batches is None or batches < 1:
-            raise ValueError(
-                f"`batches` is expected to be a whole number of at least 1, but {self.batches!r} "
-                "came; 8 is usual"
-            )
+        valid = batches is not None and batches >= 1
+        expected = "be a whole number of at least 1"
+        expect(valid, "batches", expected, repr(self.batches), "8 is usual")
         object.__setattr__(self, "batches", batches)
 
-    def compute(self, trainer: L.Trainer) -> dict[str, Tensor | None]:
-        """The mean gradient for every parameter, by qualified name; None where there is none.
+    def collect(self, trainer: L.Trainer, evidence: Evidence) -> dict[str, Tensor]:
+        """Collect evidence while a Trainer is fitting.
+
+        Returns:
+            Qualified name -> evidence for that tensor.
 
         Raises:
-            ValueError: If there are no batches, or `loss` returns no scalar to differentiate.
+            ValueError: If there are no batches, or the evidence does not accept the loss.
         """
-        pl_module = trainer.lightning_module
-        parameters = list(pl_module.parameters())
-        gradients = [parameter.grad for parameter in parameters]
-        buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
-        try:
-            with isolate_rng():
-                self._differentiate(trainer)
-            average_gradients(parameters)
-            return {name: slot.parameter.grad for name, slot in locate(pl_module).items()}
-        finally:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+        return evidence(
+            trainer.lightning_module, training_batches(trainer, self.batches), self.loss
+        )
 
-    def _differentiate(self, trainer: L.Trainer) -> None:
-        pl_module = trainer.lightning_module
-        pl_module.zero_grad(set_to_none=True)
-        count = 0
-        for batch in training_batches(trainer, self.batches):
-            loss = self.loss(pl_module, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-                raise ValueError(
-                    "`loss` is expected to return a scalar that depends on the weights, but "
-                    f"{loss!r} came; return the mean over the batch"
-                )
-            loss.backward()
-            count += 1
-        if not count:
+    def check(
+        self, trainer: L.Trainer, evidence: Evidence, check: Callable[[dict[str, Tensor]], None]
+    ) -> None:
+        """Check before training that the loss accepts the batches.
+
+        Args:
+            trainer: The Trainer that is about to train.
+            evidence: The evidence to collect.
+            check: Raises a ValueError if the evidence is incomplete.
+
+        Raises:
+            ValueError: If the loss fails, or `check` does.
+        """
+        found = Calibration(self._checked_loss, 1).collect(trainer, evidence)
+        try:
+            check(found)
+        except ValueError:  # other batches may reach tensors that the first one does not
+            check(self.collect(trainer, evidence))
+
+    def _checked_loss(self, module: Any, batch: Any) -> Tensor:
+        try:
+            return self.loss(module, batch)
+        except Exception as error:
             raise ValueError(
-                "`gradients` are expected to come from training data, but there are no batches"
-            )
-        for parameter in pl_module.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= count
+                "`calibration` must have a loss that accepts the module and a training batch, got "
+                f"{type(error).__name__}: {error}; try lambda module, batch: "
+                "cross_entropy(module(batch[0]), batch[1])"
+            ) from error
+
+
+Gradients = Calibration  # former name

@@ -1,96 +1,113 @@
-"""PruningCallback: when a round runs, resume, logging."""
+"""PruningCallback: runs the rounds, resumes from checkpoints, logs sparsity."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 
-from pruneflow.distributed import decide
+from pruneflow.errors import expect
 from pruneflow.pruning.distribution import Scope
 from pruneflow.pruning.granularity import Granularity
-from pruneflow.pruning.granularity.channels import Channels
-from pruneflow.pruning.importance import Importance, magnitude, needs_gradients
+from pruneflow.pruning.importance import Importance, magnitude
 from pruneflow.pruning.masking import Masking, clear
 from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.optimizers import OptimizerState, check_optimizer_state
-from pruneflow.pruning.plan import Clock, Plan, has_rounds
+from pruneflow.pruning.plan import Clock, Controller, Plan, Round
 from pruneflow.pruning.pruner import Pruner
-from pruneflow.pruning.schedules import ScheduleLike, plain_number
-from pruneflow.pruning.torch_methods import TorchMethod
-from pruneflow.structure.costs import Costs
+from pruneflow.pruning.schedules import ScheduleLike, as_schedule
+from pruneflow.pruning.torch_methods import TorchMethod, rule_for
+from pruneflow.structure.costs import CostFunction, Costs
 from pruneflow.structure.parameters import Pattern, locate
-from pruneflow.training.calibration import Gradients
+from pruneflow.structure.running import Example
+from pruneflow.training.calibration import Calibration
 from pruneflow.training.checks import (
     LearningRates,
+    callback_warnings,
     check_arguments,
     check_averages,
     check_disjoint,
-    denser_choices,
-    plain_costs,
-    swapping,
+    swapping_optimizers,
 )
-from pruneflow.training.metrics import Logged
+from pruneflow.training.metrics import SparsityMetrics
 from pruneflow.training.rewinding import LearningRateSnapshot
-from pruneflow.training.state import VERSION, check_state, method_state
+from pruneflow.training.state import PruningState, check_state, method_state
 from pruneflow.training.trainer import (
     averaged_models,
     check_steps,
     check_strategy,
+    drop_log_methods,
     example_input,
-    let_go,
     schedulers,
     training_length,
 )
 
 
-class PruningCallback(L.Callback):
-    """Prune in rounds while a Trainer trains, and fine-tune between them.
+@dataclass
+class _Fit:
+    """State of one fit."""
 
-    A round prunes at the start of an epoch (or step) and the epochs after it fine-tune. The plan is
-    printed before training. At the end of `fit`, also after an exception, masks are removed: plain
-    parameters with exact zeros. A later `fit` of the same model holds the zeros and does not prune
-    again; another model starts over. Checkpoints hold masks and plan position. Averages of the
-    weights (`WeightAveraging`, `StochasticWeightAveraging`) are pruned along. Several callbacks may
-    prune different tensors of one model.
+    pruner: Pruner
+    controller: Controller
+    rates: LearningRates
+
+
+class PruningCallback(L.Callback):
+    """Prune in rounds during training, and fine-tune in between.
+
+    Each round prunes at the start of an epoch (or step); the epochs that follow fine-tune. The plan
+    is printed before training. At the end of `fit`, or after an exception, masks are removed, which
+    leaves plain parameters with exact zeros. Another `fit` of the same model keeps the zeros and
+    does not prune again; another model starts at round 0. Checkpoints contain the masks and the
+    round. Averaged weights (`WeightAveraging`, `StochasticWeightAveraging`) are pruned as well.
+    Several callbacks can prune different tensors of one model.
 
     Args:
         schedule: Cumulative sparsity after each round: `Compounding(target=0.98, rounds=8)`, a list
-            such as `[0.5, 0.8, 0.9]`, or a function of the round, which gets as many rounds as fit
-            the training. The number of rounds where `importance` keeps its own amount. None to
-            prune nothing, with `from_zeros`.
-        importance: Scores, higher = keep, or a pruning method of torch; see `Pruner`.
-        gradients: Where an importance such as `taylor` gets the gradients it needs:
-            `Gradients(loss, batches=8)`.
-        granularity: What is removed together: `NM(2, 4)`, `Block(1, 16)` or whole `Channels()`;
-            None for each weight by itself.
-        costs: `multiply_adds` or `latency`, to let the schedule count these instead of weights; or
-            qualified name -> cost of each weight of that tensor.
-        scope: What competes together: `"global"`, `"layer"`, or group name -> globs.
-        include: Globs over qualified names and module types; None for what is prunable by default.
-        exclude: What to leave out.
-        start_epoch: Zero-based epoch at whose start round 1 prunes; 0 unless given.
-        epochs_per_round: Epochs from one round to the next; 1 unless given.
-        start_step: The same by optimizer steps (Lightning's `global_step`), instead of epochs.
+            such as `[0.5, 0.8, 0.9]`, or a function of the round, which runs as many rounds as fit
+            the training. The number of rounds if `importance` has its own amount. None to prune
+            nothing, with `from_zeros`.
+        importance: Scores, higher = keep, or a method of `torch.nn.utils.prune`; see `Pruner`.
+        calibration: Loss and batches for an importance such as `taylor`, which looks at more than
+            the weights: `Calibration(loss, batches=8)`.
+        granularity: What is removed together: `Weights()` (the default), `NM(2, 4)`,
+            `Block(1, 16)` or whole `Channels()`.
+        costs: `multiply_adds` or `latency`, if the schedule is to count these instead of weights;
+            or qualified name -> cost of each weight of that tensor.
+        scope: What competes together: `"global"`, `"layer"`, another distribution, or group name
+            -> globs; see `Pruner`.
+        include: Globs over qualified names and module types; None for all tensors that are
+            prunable by default.
+        exclude: Tensors to leave out, as for `include`.
+        clock: When the rounds run: `Epochs(10, every=5)` or `Steps(1000, every=100)`. Alternatively
+            use the next four arguments.
+        start_epoch: Zero-based epoch at whose start round 1 prunes; default 0.
+        epochs_per_round: Epochs from one round to the next; default 1.
+        start_step: Like `start_epoch`, in optimizer steps (Lightning's `global_step`).
         steps_per_round: Steps from one round to the next.
-        masking: How masks are held; `InPlace()` unless given.
-        rewind: `"learning_rate"` starts the learning-rate schedule again in every round, from where
-            it stood when training began (for parameter groups and schedulers that came later, when
-            they came); None leaves it alone.
-        optimizer_state: What happens to momentum and the like after each prune: `"zero_pruned"`,
-            `"reset"` or `"keep"`; see `Pruner`.
-        from_zeros: Hold the exact zeros that the weights have when training starts, to go on with
-            an already sparse model. The schedule counts them: its first round has to reach them.
-            Tensors that are zero throughout are taken for untrained ones and left dense, unless
+        masking: How masks are enforced; default `InPlace()`.
+        rewind: `"learning_rate"` restarts the learning-rate schedule in every round, from its state
+            at the start of training (for parameter groups and schedulers added later, from when
+            they were added); None does not change it.
+        optimizer_state: What happens to momentum and other state after each prune:
+            `"zero_pruned"`, `"reset"` or `"keep"`; see `Pruner`.
+        from_zeros: Keep the exact zeros of the weights at the start of training, to continue with a
+            sparse model. They count towards the schedule, whose first round must reach their
+            sparsity. Tensors with no other values are treated as untrained and stay dense, unless
             this is `"all"`.
+        gradients: Former name of `calibration`.
 
     Raises:
-        ValueError: At construction, for arguments out of range or epochs and steps together; when
-            `fit` begins, for a plan that does not fit the training, patterns that match nothing,
+        ValueError: At construction, for arguments out of range or both epochs and steps; at the
+            start of `fit`, for a plan that does not fit the training, patterns that match nothing,
             tensors that another PruningCallback prunes, or a checkpoint of another plan or method.
 
     Example:
@@ -103,15 +120,16 @@ class PruningCallback(L.Callback):
 
     def __init__(
         self,
-        schedule: ScheduleLike | int | None,
+        schedule: ScheduleLike,
         *,
         importance: Importance | TorchMethod = magnitude,
-        gradients: Gradients | None = None,
+        calibration: Calibration | None = None,
         granularity: Granularity | None = None,
-        costs: Costs | Mapping[str, float] | None = None,
+        costs: CostFunction | Mapping[str, float] | None = None,
         scope: Scope = "global",
         include: Sequence[Pattern] | None = None,
         exclude: Sequence[Pattern] = (),
+        clock: Clock | None = None,
         start_epoch: int | None = None,
         epochs_per_round: int | None = None,
         start_step: int | None = None,
@@ -120,41 +138,42 @@ class PruningCallback(L.Callback):
         rewind: Literal["learning_rate"] | None = None,
         optimizer_state: OptimizerState = "zero_pruned",
         from_zeros: bool | Literal["all"] = False,
+        gradients: Calibration | None = None,
     ) -> None:
-        schedule = plain_number(schedule)
-        check_arguments(schedule, importance, gradients, rewind, from_zeros=from_zeros)
+        if gradients is not None:
+            rank_zero_info("`gradients` is now called `calibration`; the old name still works")
+            calibration = gradients
+        self.schedule = as_schedule(schedule)
+        self.rule = rule_for(importance, scope, granularity, costs)
+        check_arguments(self.schedule, self.rule, calibration, rewind, from_zeros=from_zeros)
         check_optimizer_state(optimizer_state)
-        self.schedule = schedule
-        self.clock = Clock.counting(start_epoch, epochs_per_round, start_step, steps_per_round)
-        Plan.lay(schedule, self.clock, None if has_rounds(schedule) else self.clock.start + 1)
-        self.importance = importance
-        self.gradients = gradients
-        self.granularity = granularity
-        self.costs = costs if costs is None or callable(costs) else plain_costs(costs)
-        self.scope = scope
+        self.clock = Clock.counting(
+            start_epoch, epochs_per_round, start_step, steps_per_round, clock
+        )
+        fits = self.schedule.rounds is None
+        Plan.lay(self.schedule, self.clock, self.clock.start + 1 if fits else None)
+        self.calibration = calibration
         self.include = include
         self.exclude = exclude
         self.masking = masking
         self.rewind = rewind
         self.optimizer_state = optimizer_state
         self.from_zeros = from_zeros
-        self.plan: Plan | None = None
-        self.pruner: Pruner | None = None
+        self.plan = Plan.lay(None, self.clock)  # until the first fit
+        self._fit: _Fit | None = None
         self._model: weakref.ref[L.LightningModule] | None = None  # of the last fit
         self._restored: Mapping[str, Any] | None = None
-        self._start_over()
+        self._others: list[str] = []  # keys of other callbacks' states in a restored checkpoint
+        self._reset()
 
-    def _start_over(self) -> None:
-        self.round = 0
-        self._masks: dict[str, Any] = {}
-        self._scored: list[str] = []
+    def _reset(self) -> None:
+        self._state = PruningState(method=method_state(self.rule, self.rewind))
         self._learning_rate: LearningRateSnapshot | None = None
-        self._logged = Logged()
-        self._costs: Mapping[str, float] | None = None
+        self._metrics = SparsityMetrics()
         self._validated = False  # since the last training step
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that is spawned gets the model as well, and has to know it again.
+        # Weak references cannot be pickled, but spawned processes must recognise the model.
         return vars(self) | {"_model": None if self._model is None else self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,164 +182,161 @@ class PruningCallback(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Under which checkpoints keep the state: by what it prunes, as there may be several."""
+        """Key of the state in checkpoints; contains `include` and `exclude` to be unique."""
         if self.include is None and not self.exclude:
             return type(self).__qualname__
-        return self._generate_state_key(include=_words(self.include), exclude=_words(self.exclude))
+        return self._generate_state_key(include=_names(self.include), exclude=_names(self.exclude))
+
+    @property
+    def pruner(self) -> Pruner | None:
+        """The Pruner of the current fit; None outside of `fit`."""
+        return self._fit.pruner if self._fit else None
+
+    @property
+    def round(self) -> int:
+        """Number of rounds done."""
+        return self._state.round
 
     @property
     def sparsity(self) -> float:
-        """Cumulative sparsity of the masks that are held, or were when training ended."""
+        """Cumulative sparsity of the current masks; after `fit`, of the last ones."""
         if self.pruner and self.pruner.masks:
             return self.pruner.weight_masks.sparsity
-        return MaskSet.from_state({name: self._masks[name] for name in self._scored}).sparsity
+        masks = self._state.masks
+        return MaskSet.from_state({name: masks[name] for name in self._state.names}).sparsity
 
     @property
     def cost_per_weight(self) -> Mapping[str, float] | None:
-        """Qualified name -> cost of each weight; None where weights are counted, or before fit."""
-        return self._costs if callable(self.costs) else self.costs
+        """Qualified name -> cost of each weight; None if weights are counted, or before `fit`."""
+        return self._state.costs if callable(self.rule.costs) else self.rule.costs
+
+    def check(self, model: nn.Module, example: Example | None = None) -> None:
+        """Check that a model can be pruned with these settings, as `fit` does before training.
+
+        Args:
+            model: The model; not changed.
+            example: Example input, for `Channels()` and measured costs.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        pruner = self._make_pruner(model, [], example)
+        pruner.check(self._target)
 
     @torch.inference_mode(False)
     def enforce(self) -> None:
-        """Zero what is pruned once more, should anything have put other weights in its place."""
-        if self.pruner is not None and self.pruner.masking.held:
+        """Set pruned weights to zero again, in case something else has changed them."""
+        if self.pruner is not None and self.pruner.masking.raw_masks:
             self.pruner.hold(self.pruner.masks)
 
-    # -- Lightning calls these, in this order -----------------------------------------------------
+    # -- hooks, in the order in which Lightning calls them ----------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget what a checkpoint held that was loaded for something else, such as a test."""
-        self._restored = None
+        """Discard the state of a checkpoint that was loaded for something else, such as a test."""
+        self._restored, self._others = None, []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Store what a checkpoint holds; it is put to use when a fit begins."""
+        """Store the state of a checkpoint until the next fit starts."""
         self._restored = state_dict
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note where a checkpoint was pruned otherwise, which would go on from a dense plan."""
+        """Find out whether a checkpoint has the state of this callback, or only of others."""
         mine = {callback.state_key for callback in pruning_callbacks(trainer)}
         stored = checkpoint["callbacks"]
         if self.state_key in stored:
             self._restored = stored[self.state_key]  # Lightning does not load an empty one
-        kind = type(self).__qualname__
-        others = {key for key in stored if key.startswith(kind)} - mine
-        if others and self.state_key not in stored:
-            self._restored = {"others": sorted(others)}
+        else:
+            kind = type(self).__qualname__
+            self._others = sorted({key for key in stored if key.startswith(kind)} - mine)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lay the plan, check it against model and training, and print it."""
+        """Make the plan, check that it fits the model and the training, and print it."""
         check_strategy(trainer)
         if self._model is None or self._model() is not pl_module:
-            self._start_over()
+            self._reset()
         self._model = weakref.ref(pl_module)
-        self._learning_rate = None  # of another fit's optimizers
-        finished = self.plan is not None and self.round == len(self.plan.rounds)
-        granularity, given = self.granularity, None
-        if isinstance(granularity, Channels):
-            given = granularity.example_input
-            if given is None:
-                granularity = Channels(example_input(trainer, pl_module))
-        if callable(self.costs) and self._costs is None:
-            measure, example = self.costs, given
-            if example is None:
-                example = example_input(trainer, pl_module)
-            # Times differ from process to process.
-            self._costs = decide(lambda: plain_costs(measure(pl_module, example)), [])
-        self.pruner = Pruner(
-            pl_module,
-            importance=self.importance,
-            granularity=granularity,
-            costs=self.cost_per_weight,
-            scope=self.scope,
-            include=self.include,
-            exclude=self.exclude,
-            optimizers=trainer.optimizers,
-            masking=self.masking,
-            optimizer_state=self.optimizer_state,
-        )
+        self._learning_rate = None  # it belongs to the optimizers of another fit
+        finished = self._state.plan is not None and self.round == len(self.plan.rounds)
+        example = None
+        if self.rule.needs_example and self._state.costs is None:
+            example = example_input(trainer, pl_module)
+        pruner = self._make_pruner(pl_module, trainer.optimizers, example)
         if finished:
-            rank_zero_info(
-                "The pruning plan is finished: its zeros are held, nothing more is pruned"
-            )
+            rank_zero_info("The pruning plan is finished: zeros are kept, nothing more is pruned")
         else:
-            length = training_length(trainer, pl_module, self.clock, has_rounds(self.schedule))
-            self.plan = Plan.lay(self.schedule, self.clock, length)
-            check_steps(trainer, pl_module, self.plan)
-            if self.plan.rounds:
-                self.pruner.check(self.plan.rounds[-1].sparsity)
-            table = self.plan.table(None if self.costs else self.pruner.weights)
-            rank_zero_info(f"Pruning plan:\n{table}")
-            for message in denser_choices(trainer, self.plan):
-                rank_zero_warn(message)
-        if self.pruner.frozen:
-            rank_zero_info(f"Frozen, hence not pruned: {', '.join(self.pruner.frozen)}")
-        if dense := self.pruner.selection.describe_dense():
+            self._lay_plan(trainer, pl_module, pruner)
+        self._fit = _Fit(pruner, self.plan, LearningRates(trainer.optimizers))
+        if pruner.frozen:
+            rank_zero_info(f"Not pruned, as they are frozen: {', '.join(pruner.frozen)}")
+        if dense := pruner.selection.describe_dense():
             rank_zero_info(dense)
-        if self.optimizer_state == "keep" and (names := swapping(trainer.optimizers)):
+        if self.optimizer_state == "keep" and (names := swapping_optimizers(trainer.optimizers)):
             rank_zero_warn(
-                f"`optimizer_state` 'keep' lets the `eval()` of {', '.join(names)} bring pruned "
-                "weights back after training; use 'zero_pruned'"
+                f"With optimizer_state='keep', `eval()` of {', '.join(names)} can restore pruned "
+                "weights after training; use optimizer_state='zero_pruned'"
             )
         check_averages(trainer, self.masking)
         check_disjoint([each.pruner for each in pruning_callbacks(trainer) if each.pruner])
-        self._take_restored()
+        self._load_restored()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Hold the masks so far, once optimizers exist and a checkpoint has been loaded."""
-        assert self.plan is not None and self.pruner is not None  # made when fit began
-        self._take_restored()  # some strategies load a checkpoint only now
-        self._logged.epoch = None  # none of this fit yet
-        self._rates = LearningRates(trainer.optimizers)
+        """Apply the masks so far, now that optimizers exist and a checkpoint has been loaded."""
+        self._load_restored()  # some strategies load the checkpoint only now
+        pruner, state = self._fitting.pruner, self._state
+        self._metrics.epoch = None  # nothing logged in this fit yet
+        self._fitting.rates = LearningRates(trainer.optimizers)
         if self.rewind:
             if self._learning_rate is None:
                 self._learning_rate = LearningRateSnapshot([], [])
-            self._learning_rate.follow(trainer.optimizers, schedulers(trainer))
+            self._learning_rate.update(trainer.optimizers, schedulers(trainer))
             if trainer.checkpoint_callbacks:
-                self._learning_rate.state()  # refuses now what the first checkpoint would
-        if self._masks:
-            self.pruner.admit(self._scored)
-            self.pruner.hold(MaskSet.from_state(self._masks))
+                self._learning_rate.state()  # raises now instead of at the first checkpoint
+        if state.masks:
+            pruner.include_unfrozen(state.names)
+            pruner.hold(MaskSet.from_state(state.masks))
         elif self.from_zeros:
-            self.pruner.hold_zeros(empty=self.from_zeros == "all")
-            self.plan.check_start(self.pruner.removed)
+            pruner.hold_zeros(empty=self.from_zeros == "all")
+            self.plan.check_start(pruner.removed)
         self._mask_averages(trainer)
-        self._logged.measure(self.pruner, self.round)
+        self._metrics.measure(pruner, self.round)
+        if self.calibration is not None and self.rule.needs is not None and self._rounds_left:
+            self.calibration.check(trainer, self.rule.needs, pruner.check_evidence)
         due = self._due(trainer)
-        if due - self.round > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if due and due.number - self.round > 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"Rounds {self.round + 1} to {due} of the plan are due where this training begins, "
-                "so they are pruned at once; set `start_epoch` (or `start_step`) to where it begins"
+                f"Rounds {self.round + 1} to {due.number} of the plan are due at the start of this "
+                "training, so they are pruned at once; set `start_epoch` (or `start_step`) to the "
+                "epoch (or step) it starts at"
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune if a round is due at this epoch; log the sparsity of the epoch."""
-        self._rates.note(trainer.optimizers)
+        self._fitting.rates.update(trainer.optimizers)
         if self.clock.unit == "epoch":
             self._run_due_rounds(trainer)
-        self._logged.log(trainer, pl_module, _logged(trainer))
+        self._metrics.log(trainer, pl_module, _all_metrics(trainer))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune if a round is due at this step."""
-        assert self.pruner is not None  # made when fit began
-        self.pruner.follow(trainer.optimizers)
+        self._fitting.pruner.set_optimizers(trainer.optimizers)
         if self._validated:
             self.enforce()
             self._validated = False
         if self._learning_rate is not None:
-            self._learning_rate.follow(trainer.optimizers, schedulers(trainer))
-        # A training that resumes within an epoch does not start it, but has to prune and log.
-        if self._run_due_rounds(trainer) or self._logged.epoch != trainer.current_epoch:
-            self._logged.log(trainer, pl_module, _logged(trainer))
+            self._learning_rate.update(trainer.optimizers, schedulers(trainer))
+        # on_train_epoch_start is not called if training resumes in the middle of an epoch.
+        if self._run_due_rounds(trainer) or self._metrics.epoch != trainer.current_epoch:
+            self._metrics.log(trainer, pl_module, _all_metrics(trainer))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what is being validated: a checkpoint saved then must not go by last epoch's name."""
+        """Log the current sparsity and round, for the names of checkpoints after validation."""
         if self.pruner is not None and not (trainer.sanity_checking or trainer.barebones):
-            # Not to the logger, which gets the same numbers at the epoch's end.
-            self._logged.log_totals(pl_module, _logged(trainer), logger=False)
+            # The logger gets the same values at the end of the epoch.
+            self._metrics.log_totals(pl_module, _all_metrics(trainer), logger=False)
         self._validated = True
 
     def on_validation_batch_start(
@@ -331,156 +347,194 @@ class PruningCallback(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Mask once more, as some optimizers put other weights in place for validation."""
+        """Mask again, as some optimizers use other weights for validation."""
         if batch_idx == 0:
             self.enforce()
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), round, plan and learning-rate snapshot, as tensors and builtins."""
-        held = self.pruner.masks if self.pruner else None
-        return {
-            "version": VERSION,
-            "round": self.round,
-            "method": self._method(),
-            "costs": dict(self._costs) if self._costs else None,
-            "plan": self.plan.state() if self.plan else None,
-            "masks": held.state() if held else self._masks,
-            "names": list(self.pruner.scored) if self.pruner and held else self._scored,
-            "learning_rate": self._learning_rate.state() if self._learning_rate else None,
-        }
+        self._store_masks()
+        snapshot = self._learning_rate
+        self._state.learning_rate = snapshot.state() if snapshot else None
+        return self._state.as_dict()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove: plain parameters with exact zeros; say what was unfrozen too late."""
+        """Remove the masks, and warn about tensors that were unfrozen too late."""
         if self.pruner is not None and self.pruner.unfrozen:
             rank_zero_warn(
-                f"{', '.join(self.pruner.unfrozen)} became trainable after the last round, hence "
-                "stayed dense; unfreeze before that, or let rounds follow"
+                f"{', '.join(self.pruner.unfrozen)} became trainable after the last round, so they "
+                "stayed dense; unfreeze them earlier, or schedule more rounds"
             )
         self._remove()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let go also where there was nothing to train; say so if it ended below the target."""
+        """Remove the masks also if there was nothing to train; warn if the target was missed."""
         self._remove()
-        assert self.plan is not None  # laid when fit began
-        if self.round < len(self.plan.rounds):
+        if self._rounds_left:
             rank_zero_warn(
                 f"Training ended in round {self.round} of {len(self.plan.rounds)}, at sparsity "
-                f"{self.sparsity:.4f}, below the target; train longer, or fit again to go on"
+                f"{self.sparsity:.4f}, below the target; train longer, or fit again to continue"
             )
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Remove, and never hide the exception."""
+        """Remove the masks without hiding the exception."""
         try:
             self._remove()
         except Exception as error:
             exception.add_note(f"pruneflow could not remove its masks after this: {error!r}")
-        let_go(self)
+        drop_log_methods(self)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep no hold on the model, which other callbacks may have changed after training."""
-        if stage == "fit" and clear(pl_module, MaskSet.from_state(self._masks)):
+        """Set pruned weights that another callback has changed to zero; release the model."""
+        if stage == "fit" and clear(pl_module, MaskSet.from_state(self._state.masks)):
             rank_zero_warn(
-                "Weights were put back after training that had been pruned, so they are zeroed "
-                "again; put back what is to stay dense after `fit`"
+                "Pruned weights were changed after training, so they were set to zero again; "
+                "change weights that should be dense after `fit`"
             )
-        let_go(self)
+        drop_log_methods(self)
 
     # ---------------------------------------------------------------------------------------------
 
-    def _due(self, trainer: L.Trainer) -> int:
-        assert self.plan is not None  # laid when fit began
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return len(self.plan.rounds)
-        return self.plan.due(
-            trainer.current_epoch if self.plan.unit == "epoch" else trainer.global_step
+    @property
+    def _fitting(self) -> _Fit:
+        if self._fit is None:
+            raise RuntimeError(
+                "`PruningCallback` must be called by a Trainer in `fit`, got no fit; call `fit`"
+            )
+        return self._fit
+
+    @property
+    def _rounds_left(self) -> bool:
+        return self.round < len(self.plan.rounds)
+
+    @property
+    def _target(self) -> float | None:
+        rounds = self.plan.rounds
+        if not rounds and self.schedule.rounds is not None:  # there is no plan yet
+            rounds = Plan.lay(self.schedule, self.clock).rounds
+        return rounds[-1].sparsity if rounds else None
+
+    def _make_pruner(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], example: Example | None
+    ) -> Pruner:
+        rule: Any = self.rule
+        if callable(rule.costs) and self._state.costs is not None:
+            rule = replace(rule, costs=Costs(self._state.costs))  # do not measure them again
+        pruner = Pruner(
+            model,
+            rule=rule,
+            include=self.include,
+            exclude=self.exclude,
+            optimizers=optimizers,
+            masking=self.masking,
+            optimizer_state=self.optimizer_state,
+            example_input=example,
         )
+        if callable(self.rule.costs):
+            self._state.costs = dict(pruner.costs or {})
+        return pruner
+
+    def _lay_plan(self, trainer: L.Trainer, pl_module: L.LightningModule, pruner: Pruner) -> None:
+        known = self.schedule.rounds is not None
+        length = training_length(trainer, pl_module, self.clock, known)
+        self.plan = Plan.lay(self.schedule, self.clock, length)
+        self._state.plan = self.plan.state()
+        check_steps(trainer, pl_module, self.plan)
+        pruner.check(self._target)
+        counted = self.cost_per_weight is None
+        rank_zero_info(f"Pruning plan:\n{self.plan.table(pruner.weights if counted else None)}")
+        for message in callback_warnings(trainer, self.plan):
+            rank_zero_warn(message)
+
+    def _due(self, trainer: L.Trainer) -> Round | None:
+        epochs = self.clock.unit == "epoch"
+        position: float = trainer.current_epoch if epochs else trainer.global_step
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            position = inf
+        return self._fitting.controller.next(position, self.round)
 
     def _run_due_rounds(self, trainer: L.Trainer) -> bool:
-        assert self.plan is not None and self.pruner is not None
         due = self._due(trainer)
-        if due <= self.round:
+        if due is None:
             return False
-        self.pruner.admit()
-        sparsity = self.plan.rounds[due - 1].sparsity
-        if sparsity is None:
-            for _ in range(due - self.round):
-                self.pruner.prune()
+        pruner = self._fitting.pruner
+        pruner.include_unfrozen()
+        if due.sparsity is None:
+            for _ in range(due.number - self.round):
+                pruner.prune()
         else:
-            gradients = None
-            if self.gradients is not None and needs_gradients(self.importance):
-                gradients = self.gradients.compute(trainer)
-            self.pruner.prune_to(sparsity, round=due, gradients=gradients)
-        self.round = due
+            evidence = None
+            if self.calibration is not None and self.rule.needs is not None:
+                evidence = self.calibration.collect(trainer, self.rule.needs)
+            pruner.prune_to(due.sparsity, round=due.number, evidence=evidence)
+        self._state.round = due.number
         self._mask_averages(trainer)
-        self._logged.measure(self.pruner, self.round)
+        self._metrics.measure(pruner, self.round)
         if self._learning_rate is not None:
             self._learning_rate.restore(trainer.optimizers, schedulers(trainer))
-        elif message := self._rates.decayed(self.plan, due, trainer.optimizers):
+        elif message := self._fitting.rates.warning(self.plan, due.number, trainer.optimizers):
             rank_zero_warn(message)
         return True
 
     def _mask_averages(self, trainer: L.Trainer) -> None:
-        assert self.pruner is not None
         for _, average in averaged_models(trainer):
-            self.pruner.apply_to(average)
+            self._fitting.pruner.apply_to(average)
 
-    def _method(self) -> dict[str, str]:
-        return method_state(
-            importance=self.importance,
-            scope=self.scope,
-            rewind=self.rewind,
-            granularity=self.granularity,
-            costs=self.costs,
+    def _load_restored(self) -> None:
+        others, stored = self._others, self._restored
+        self._others, self._restored = [], None
+        expect(
+            not others,
+            "ckpt_path",
+            f"hold the state of {self.state_key!r}",
+            f"that of {', '.join(map(repr, others))}",
+            "resume with the same `include` and `exclude`, or start from its weights with "
+            "`from_zeros=True`",
         )
-
-    def _take_restored(self) -> None:
-        state, self._restored = self._restored, None
-        if state is None:
+        if stored is None:
             return
-        if "others" in state:
-            raise ValueError(
-                f"the checkpoint is expected to hold the state of {self.state_key!r}, but holds "
-                f"{', '.join(map(repr, state['others']))}; resume with the same `include` and "
-                "`exclude`, or start from its weights with `from_zeros=True`"
-            )
-        assert self.plan is not None and self.pruner is not None  # made when fit began
+        pruner = self._fitting.pruner
+        state = PruningState.read(stored, self._state.method)
         check_state(
             state,
             self.plan.state(),
-            self._method(),
-            {name: slot.parameter for name, slot in locate(self.pruner.model).items()},
-            longer_is_other=has_rounds(self.schedule),
+            self._state.method,
+            {name: slot.parameter for name, slot in locate(pruner.model).items()},
+            same_length=self.schedule.rounds is not None,
         )
-        self.round = state["round"]
-        self._masks, self._scored = state["masks"], state["names"]
-        if state["costs"] is not None:  # measured, so another measurement would find others
-            self._costs = self.pruner.costs = state["costs"]
-        saved = state["learning_rate"]
+        if state.costs is not None:  # do not measure them again
+            pruner.rule = replace(pruner.rule, costs=Costs(state.costs))  # type: ignore[type-var]
+        self._state = replace(state, plan=self.plan.state())
+        saved = state.learning_rate
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None
+
+    def _store_masks(self) -> None:
+        if self.pruner is not None and self.pruner.masks:
+            self._state.masks = self.pruner.masks.state()
+            self._state.names = list(self.pruner.weight_names)
 
     def _remove(self) -> None:
         if self.pruner is not None:
-            if self.pruner.masks:
-                self._masks, self._scored = self.pruner.masks.state(), list(self.pruner.scored)
+            self._store_masks()
             self.pruner.remove()
-            self.pruner = None
+            self._fit = None
         if self._learning_rate is not None:
             self._learning_rate.release()
 
 
 def pruning_callbacks(trainer: L.Trainer) -> list[PruningCallback]:
-    """The PruningCallbacks of a Trainer, in their order."""
+    """The PruningCallbacks of a Trainer, in order."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, PruningCallback)]
 
 
-def _logged(trainer: L.Trainer) -> list[Logged]:
-    return [each._logged for each in pruning_callbacks(trainer) if each.pruner is not None]
+def _all_metrics(trainer: L.Trainer) -> list[SparsityMetrics]:
+    return [each._metrics for each in pruning_callbacks(trainer) if each.pruner is not None]
 
 
-def _words(patterns: Sequence[Pattern] | None) -> list[str] | None:
+def _names(patterns: Sequence[Pattern] | None) -> list[str] | None:
     if patterns is None:
         return None
     return [pattern if isinstance(pattern, str) else pattern.__qualname__ for pattern in patterns]

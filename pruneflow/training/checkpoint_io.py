@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and refused when they are damaged."""
+"""Checkpoints that are written atomically, and checked for damage when loaded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from pruneflow.errors import expect
 from pruneflow.files import sweep, write_whole
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints whole or not at all, and read them without running what they hold.
+    """Save checkpoints atomically, and load them without running code in them.
 
-    Lightning's own writes by way of the system's temporary folder; where that is another file
-    system, a process killed at the wrong moment leaves a truncated checkpoint. This one writes
-    beside the checkpoint, which is then replaced at once, and sweeps up what killed writers left.
+    Lightning's own plugin writes to the system's temporary folder first. If that is on another file
+    system, a process killed at the wrong moment leaves a truncated checkpoint. This plugin writes a
+    temporary file in the same folder and renames it, and deletes leftovers of killed processes.
 
     Example:
         >>> import lightning as L
@@ -32,9 +33,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save a checkpoint.
 
         Args:
-            checkpoint: What to save.
-            path: The file; a URL is left to Lightning, since object stores replace files whole.
-            storage_options: Refused, as by Lightning.
+            checkpoint: The checkpoint.
+            path: The file; URLs are left to Lightning, as object stores replace files atomically.
+            storage_options: Not supported, as in Lightning.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -54,8 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             path: The file, or its URL.
-            map_location: As `torch.load` takes it; tensors come to the CPU unless given.
-            weights_only: False lets the file run any code; only for files you trust.
+            map_location: See `torch.load`; by default, tensors are loaded to the CPU.
+            weights_only: False allows the file to run any code; use it only for files you trust.
 
         Raises:
             ValueError: If the file is truncated or damaged.
@@ -69,22 +70,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_whole(path: str | Path) -> None:
-    """Refuse a file of `torch.save` that is truncated or damaged, which `torch.load` may not see.
+    """Check a file of `torch.save` for damage, which `torch.load` may not notice.
 
     Args:
         path: The file, or its URL.
 
     Raises:
-        ValueError: If its contents do not have the checksums that were stored with them.
+        ValueError: If its contents do not match their checksums.
     """
     with get_filesystem(path).open(str(path), "rb") as file:
         try:
             damaged = zipfile.ZipFile(file).testzip()
-        except Exception as error:  # there are as many kinds as there are ways to be damaged
+        except Exception as error:  # damaged files can raise anything
             damaged = str(error)
-    if damaged is not None:
-        raise ValueError(
-            f"checkpoint {str(path)!r} is expected to be a whole file of torch.save, but it is "
-            f"truncated or damaged ({damaged}); delete it, and resume from an earlier one or start "
-            "over"
-        )
+    expect(
+        damaged is None,
+        "path",
+        "be a complete checkpoint",
+        f"{str(path)!r}, which is truncated or damaged ({damaged})",
+        "delete it, and resume from an earlier one or start over",
+    )

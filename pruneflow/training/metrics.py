@@ -1,4 +1,4 @@
-"""What a PruningCallback logs: sparsity per tensor and in total, and the round."""
+"""Metrics of a PruningCallback: sparsity per tensor and in total, and the round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning as L
 from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.pruner import Pruner
 
-# Of what is logged in one epoch the last counts, and masks only grow; processes agree on it.
+# Sparsity and round never decrease, so the maximum of an epoch is the last value.
 _PER_EPOCH: Any = {
     "on_step": False,
     "on_epoch": True,
@@ -20,11 +20,11 @@ _PER_EPOCH: Any = {
 }
 
 
-class Logged:
-    """The figures of one callback, measured when they change and logged in every epoch.
+class SparsityMetrics:
+    """Metrics of one callback, measured when they change and logged in every epoch.
 
     Attributes:
-        epoch: In which they were logged last; None if not in this fit.
+        epoch: Epoch in which they were last logged; None if not in this fit.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Logged:
         self._per_tensor: dict[str, float] = {}
 
     def measure(self, pruner: Pruner, round: int) -> None:
-        """Note what is pruned by now."""
+        """Measure the current sparsity."""
         masks = pruner.weight_masks
         self._round, self._pruned, self._weights = round, masks.pruned, pruner.weights
         self._per_tensor = {
@@ -41,20 +41,23 @@ class Logged:
         }
 
     def log(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, every: Sequence[Logged]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, every: Sequence[SparsityMetrics]
     ) -> None:
-        """Log all of it, with totals of `every` callback: the last of these logs counts."""
+        """Log the sparsity per tensor of this callback, and the totals of `every` callback."""
         self.epoch = trainer.current_epoch
-        if not trainer.barebones:  # which logs nothing, and warns of every log
+        if not trainer.barebones:  # a barebones Trainer logs nothing and warns
             pl_module.log_dict(self._per_tensor, **_PER_EPOCH)
             self.log_totals(pl_module, every)
 
     def log_totals(
-        self, pl_module: L.LightningModule, every: Sequence[Logged], logger: bool | None = None
+        self,
+        pl_module: L.LightningModule,
+        every: Sequence[SparsityMetrics],
+        logger: bool | None = None,
     ) -> None:
-        """Log the sparsity of what all of these callbacks prune, and the round reached."""
-        pruned = sum(logged._pruned for logged in every)
-        weights = sum(logged._weights for logged in every)
-        reached = max(logged._round for logged in every)
-        totals = {"sparsity": pruned / weights, "round": float(reached)}
+        """Log the total sparsity of all callbacks, and the latest round."""
+        pruned = sum(metrics._pruned for metrics in every)
+        weights = sum(metrics._weights for metrics in every)
+        latest = max(metrics._round for metrics in every)
+        totals = {"sparsity": pruned / weights, "round": float(latest)}
         pl_module.log_dict(totals, prog_bar=True, logger=logger, **_PER_EPOCH)

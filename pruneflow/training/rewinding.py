@@ -1,4 +1,4 @@
-"""Put the learning-rate schedule back to an earlier point."""
+"""Rewind the learning-rate schedule to an earlier point."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 class LearningRateSnapshot:
-    """The learning-rate schedule as it stood at one moment, to be started again from there.
+    """The state of the learning-rate schedule at one moment, to restart from it.
 
-    Holds what the schedulers know and the hyperparameters of each parameter group (learning rate,
-    momentum, …), and nothing of the weights or the optimizer's state.
+    It consists of the state of the schedulers and the hyperparameters of each parameter group
+    (learning rate, momentum, ...), without weights or optimizer state.
 
     Args:
         optimizers: The optimizers.
@@ -44,38 +44,41 @@ class LearningRateSnapshot:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], schedulers: Schedulers) -> None:
-        # By whose it is; what came from a checkpoint, by its place until `follow` sees whose.
+        # By optimizer, first parameter of the group, and scheduler; after loading a checkpoint by
+        # index, until `update` replaces it.
         self._groups: dict[Any, dict[Any, dict[str, Any]]] = {}
-        self._schedulers: dict[Any, _Scheduler] = {}
-        self.follow(optimizers, schedulers)
+        self._schedulers: dict[Any, _SchedulerState] = {}
+        self.update(optimizers, schedulers)
 
-    def follow(self, optimizers: Sequence[Optimizer], schedulers: Schedulers) -> None:
-        """Take in what came since, as it stands now, and forget what is gone."""
+    def update(self, optimizers: Sequence[Optimizer], schedulers: Schedulers) -> None:
+        """Add the current state of new groups and schedulers, and drop those that are gone."""
         self._groups = {
-            optimizer: _of_each(_owners(optimizer), kept, partial(_hyperparameters, optimizer))
-            for optimizer, kept in _of_each(optimizers, self._groups, lambda _: {}).items()
+            optimizer: _match(_group_keys(optimizer), saved, partial(_hyperparameters, optimizer))
+            for optimizer, saved in _match(optimizers, self._groups, lambda _: {}).items()
         }
-        self._schedulers = _of_each(
-            schedulers, self._schedulers, lambda place: _Scheduler(schedulers[place].state_dict())
+        self._schedulers = _match(
+            schedulers,
+            self._schedulers,
+            lambda index: _SchedulerState(schedulers[index].state_dict()),
         )
-        for scheduler, known in self._schedulers.items():
-            known.owners = known.owners or _owners(_optimizer(scheduler))
+        for scheduler, saved in self._schedulers.items():
+            saved.groups = saved.groups or _group_keys(_optimizer(scheduler))
 
     def restore(self, optimizers: Sequence[Optimizer], schedulers: Schedulers) -> None:
-        """Put the learning rates and schedulers back as they were."""
-        self.follow(optimizers, schedulers)
+        """Restore the learning rates and schedulers."""
+        self.update(optimizers, schedulers)
         for scheduler, known in self._schedulers.items():
-            scheduler.load_state_dict(known.fit(scheduler))
-        for optimizer, kept in self._groups.items():
-            for group, saved in zip(optimizer.param_groups, kept.values(), strict=True):
+            scheduler.load_state_dict(known.for_groups_of(scheduler))
+        for optimizer, groups in self._groups.items():
+            for group, saved in zip(optimizer.param_groups, groups.values(), strict=True):
                 for key, value in saved.items():
                     if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
-                        group[key].copy_(value)  # a compiled or captured step reads this tensor
+                        group[key].copy_(value)  # in place, for compiled and captured steps
                     else:
                         group[key] = copy.deepcopy(value)
 
     def release(self) -> None:
-        """Let go of the optimizers and schedulers, and with them of the model."""
+        """Release the optimizers and schedulers, and thereby the model."""
         released = self.from_state(self._values())
         self._groups, self._schedulers = released._groups, released._schedulers
 
@@ -83,102 +86,101 @@ class LearningRateSnapshot:
         """The snapshot as builtins and tensors.
 
         Raises:
-            ValueError: If a scheduler or parameter group holds what no checkpoint should.
+            ValueError: If a scheduler or parameter group contains unsupported objects.
         """
         return {name: _loadable(values, name) for name, values in self._values().items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> LearningRateSnapshot:
-        """The snapshot that `state` was taken from."""
+        """The snapshot with this `state()`."""
         snapshot = cls([], [])
         snapshot._groups = dict(enumerate(dict(enumerate(groups)) for groups in state["groups"]))
-        snapshot._schedulers = dict(enumerate(map(_Scheduler, state["schedulers"])))
+        snapshot._schedulers = dict(enumerate(map(_SchedulerState, state["schedulers"])))
         return snapshot
 
     def _values(self) -> dict[str, list[Any]]:
+        schedulers = self._schedulers.items()
         return {
-            "groups": [list(kept.values()) for kept in self._groups.values()],
-            "schedulers": [known.fit(scheduler) for scheduler, known in self._schedulers.items()],
+            "groups": [list(groups.values()) for groups in self._groups.values()],
+            "schedulers": [saved.for_groups_of(scheduler) for scheduler, saved in schedulers],
         }
 
 
-class _Scheduler:
-    """What a scheduler knew, and for which groups."""
+class _SchedulerState:
+    """The state of a scheduler, and the parameter groups it belongs to."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.state = copy.deepcopy(state)
-        self.owners: list[Any] | None = None
+        self.groups: list[Any] | None = None  # not known when loaded from a checkpoint
 
-    def fit(self, scheduler: Any) -> Any:
-        """The state for `scheduler` to load, whose groups may be others by now."""
+    def for_groups_of(self, scheduler: Any) -> Any:
+        """The state for `scheduler` to load, whose parameter groups may have changed."""
         state = copy.deepcopy(self.state)
-        if self.owners is None:  # known by its place alone
+        if self.groups is None:
             return state
-        places = {id(owner): place for place, owner in enumerate(self.owners)}
-        order = [places.get(id(owner)) for owner in _owners(_optimizer(scheduler))]
-        return _fit(state, scheduler.state_dict(), order, len(self.owners))
+        indices = {id(key): index for index, key in enumerate(self.groups)}
+        order = [indices.get(id(key)) for key in _group_keys(_optimizer(scheduler))]
+        return _reorder(state, scheduler.state_dict(), order, len(self.groups))
 
 
-def _of_each(
-    owners: Sequence[Any], kept: Mapping[Any, T], take: Callable[[int], T]
-) -> dict[Any, T]:
-    """What is kept of each owner, or of its place; of one that came since, what `take` finds."""
+def _match(keys: Sequence[Any], saved: Mapping[Any, T], new: Callable[[int], T]) -> dict[Any, T]:
+    """The saved value for each key or its index, and `new(index)` if there is none."""
     found = {}
-    for place, owner in enumerate(owners):
-        key = owner if owner in kept else place
-        found[owner] = kept[key] if key in kept else take(place)
+    for index, key in enumerate(keys):
+        saved_key = key if key in saved else index
+        found[key] = saved[saved_key] if saved_key in saved else new(index)
     return found
 
 
-def _owners(optimizer: Optimizer | None) -> list[Any]:
-    """What tells the groups apart, some of which may come or go: the first parameter of each."""
+def _group_keys(optimizer: Optimizer | None) -> list[Any]:
+    """The first parameter of each group, which identifies it when groups are added or removed."""
     groups = [] if optimizer is None else optimizer.param_groups
     return [next(iter(group["params"]), object()) for group in groups]
 
 
 def _optimizer(scheduler: Any) -> Optimizer | None:
-    return getattr(scheduler, "optimizer", None)  # a user's own may go without
+    return getattr(scheduler, "optimizer", None)  # custom schedulers may not have it
 
 
-def _hyperparameters(optimizer: Optimizer, place: int) -> dict[str, Any]:
-    group = optimizer.param_groups[place]
+def _hyperparameters(optimizer: Optimizer, index: int) -> dict[str, Any]:
+    group = optimizer.param_groups[index]
     return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
 
 
-def _fit(saved: Any, present: Any, order: Sequence[int | None], then: int) -> Any:
-    """What a scheduler knew of `then` groups, for those that there are now.
+def _reorder(saved: Any, current: Any, order: Sequence[int | None], groups: int) -> Any:
+    """Adapt a value of a scheduler's state to the current parameter groups.
 
     Args:
-        saved: A value of its state.
-        present: What is there now; of lists with an entry a group it gives those of new groups.
-        order: For each group of now which it was then; None for a new one.
-        then: How many groups there were.
+        saved: The saved value.
+        current: The current value, used for new groups in lists with an entry per group.
+        order: For each current group, its index among the saved ones; None for a new group.
+        groups: Number of saved groups.
     """
-    if isinstance(present, deque) and isinstance(saved, list):  # as a checkpoint has it
-        return deque(saved, present.maxlen)
-    if isinstance(present, np.ndarray) and isinstance(saved, list):
-        return np.asarray(saved, present.dtype)
-    if isinstance(saved, dict) and isinstance(present, dict):
+    if isinstance(current, deque) and isinstance(saved, list):  # checkpoints have no deques
+        return deque(saved, current.maxlen)
+    if isinstance(current, np.ndarray) and isinstance(saved, list):
+        return np.asarray(saved, current.dtype)
+    if isinstance(saved, dict) and isinstance(current, dict):
         for key, value in saved.items():
-            saved[key] = _fit(value, present.get(key), order, then)
-    elif isinstance(saved, list) and isinstance(present, list):
-        if (len(saved), len(present)) == (then, len(order)) and order != list(range(then)):
-            return [present[i] if at is None else saved[at] for i, at in enumerate(order)]
-        if len(saved) == len(present):
-            return [_fit(*pair, order, then) for pair in zip(saved, present, strict=True)]
+            saved[key] = _reorder(value, current.get(key), order, groups)
+    elif isinstance(saved, list) and isinstance(current, list):
+        if (len(saved), len(current)) == (groups, len(order)) and order != list(range(groups)):
+            return [current[i] if at is None else saved[at] for i, at in enumerate(order)]
+        if len(saved) == len(current):
+            return [_reorder(*pair, order, groups) for pair in zip(saved, current, strict=True)]
     return saved
 
 
-_SCALARS = (bool, int, float, complex, str, bytes)  # and nothing derived from them
+_SCALARS = (bool, int, float, complex, str, bytes)  # without subclasses
 
 
 def _loadable(value: Any, name: str) -> Any:
-    """A value in what `torch.load` reads with `weights_only`: builtins and tensors.
+    """Convert a value to builtins and tensors, which `torch.load` reads with `weights_only`.
 
-    Functions in a dict are left out: a scheduler's own are those of the training that goes on.
+    Functions in a dict are left out, as each scheduler has its own.
 
     Raises:
-        ValueError: If it cannot be put so, naming it.
+        ValueError: If it contains other objects.
     """
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
@@ -196,7 +198,7 @@ def _loadable(value: Any, name: str) -> Any:
         kind = next((kind for kind in (tuple, set) if isinstance(value, kind)), list)
         return kind(members)
     raise ValueError(
-        "`rewind` must be able to store what schedulers and parameter groups hold: numbers, text, "
-        f"tensors and containers of them, got {type(value).__name__} for {name}; leave it out of "
-        "the scheduler's `state_dict()`, or use rewind=None"
+        "`rewind` must find only numbers, strings, tensors and containers of them in schedulers "
+        f"and parameter groups, got {type(value).__name__} for {name}; leave it out of the "
+        "scheduler's `state_dict()`, or use rewind=None"
     )

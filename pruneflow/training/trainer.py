@@ -1,4 +1,4 @@
-"""What a Trainer can be asked: the one place that knows its insides and those of its callbacks."""
+"""Everything that relies on internals of Lightning's Trainer and callbacks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pruneflow.errors import expect
 from pruneflow.pruning.plan import Clock, Plan
 from pruneflow.structure.running import Example
 from pruneflow.training.rewinding import Schedulers
@@ -26,45 +27,48 @@ from pruneflow.training.rewinding import Schedulers
 def training_length(
     trainer: L.Trainer, pl_module: L.LightningModule, clock: Clock, has_rounds: bool
 ) -> int | None:
-    """Epochs or steps of the training; None when it has no end, or it is not known."""
+    """Length of the training in epochs or steps; None if unlimited or not known."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        # Every round runs at once, so all that a plain function needs is room for one.
+        # All rounds run at once; a function without a number of rounds runs one.
         return None if has_rounds else clock.start + 1
     if clock.unit == "epoch":
         epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        # Of a plain function as many rounds are taken as fit; for others see `check_steps`.
-        if not has_rounds and (each := _steps_of_an_epoch(trainer, pl_module)) is not None:
-            begun = -(-trainer.max_steps // each)
-            return begun if epochs is None else min(epochs, begun)
+        # A function runs as many rounds as fit `max_steps`; for others see `check_steps`.
+        if not has_rounds and (per_epoch := _steps_per_epoch(trainer, pl_module)) is not None:
+            started = -(-trainer.max_steps // per_epoch)
+            return started if epochs is None else min(epochs, started)
         return epochs
     if not pl_module.automatic_optimization:
         return None if trainer.max_steps == -1 else trainer.max_steps
     if trainer.ckpt_path is not None and has_rounds:
-        # Lightning would set the data up to count its steps, before it restores their state. The
-        # plan was checked when the training began.
+        # To count steps, Lightning would set up the data before it restores their state. The plan
+        # was checked when the training started.
         return None
     steps = trainer.estimated_stepping_batches
     return None if steps in (-1, float("inf")) else int(steps)
 
 
 def check_steps(trainer: L.Trainer, pl_module: L.LightningModule, plan: Plan) -> None:
-    """Refuse a plan by epochs whose last round would begin after `max_steps`.
+    """Check that the last round of a plan by epochs starts before `max_steps`.
 
     Raises:
-        ValueError: Naming the round and the remedy.
+        ValueError: If it does not.
     """
-    each = _steps_of_an_epoch(trainer, pl_module) if plan.unit == "epoch" else None
-    if each is not None and plan.rounds and plan.rounds[-1].at * each >= trainer.max_steps:
+    steps = _steps_per_epoch(trainer, pl_module) if plan.unit == "epoch" else None
+    if steps is not None and plan.rounds:
         last = plan.rounds[-1]
-        raise ValueError(
-            f"`max_steps` must leave time for the whole plan, got {trainer.max_steps}, {each} an "
-            f"epoch, where the last round, {last.number}, prunes at the start of epoch {last.at}; "
-            f"raise it above {last.at * each}, or take fewer rounds or fewer epochs a round"
+        expect(
+            last.at * steps < trainer.max_steps,
+            "max_steps",
+            f"leave time for all {last.number} rounds (the last one prunes at the start of epoch "
+            f"{last.at}, step {last.at * steps})",
+            trainer.max_steps,
+            f"raise it above {last.at * steps}, or use fewer rounds or fewer epochs per round",
         )
 
 
-def _steps_of_an_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
-    """Optimizer steps of an epoch; None where `max_steps` is no end, or they are not known."""
+def _steps_per_epoch(trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
+    """Optimizer steps per epoch; None without `max_steps`, or if not known."""
     if (
         trainer.max_steps == -1
         or trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -94,7 +98,7 @@ def schedulers(trainer: L.Trainer) -> Schedulers:
 
 
 def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
-    """The first batches of an epoch, ready for the model, without touching the training's own."""
+    """The first batches of an epoch, on the device, without advancing the training dataloader."""
     module: Any = trainer.lightning_module
     loader: Any = copy.copy(trainer.fit_loop._combined_loader)
     generators = {
@@ -103,7 +107,7 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
         for owner in (part, getattr(part, "sampler", None))
         if (generator := getattr(owner, "generator", None)) is not None
     }
-    loader.flattened = [_anew(part) for part in loader.flattened]
+    loader.flattened = [_restarted(part) for part in loader.flattened]
     try:
         for batch, _, _ in islice(loader, count):
             batch = trainer.precision_plugin.convert_input(batch)
@@ -114,41 +118,41 @@ def training_batches(trainer: L.Trainer, count: int) -> Iterator[Any]:
             generator.set_state(state)
 
 
-def _anew(loader: Any) -> Any:
+def _restarted(loader: Any) -> Any:
     if isinstance(loader, DataLoader):
-        # Persistent workers serve one iteration at a time, which is the training's.
+        # Persistent workers support one iterator only, which training uses.
         loader = copy.copy(loader)
         loader._iterator = None
     return loader
 
 
 def example_input(trainer: L.Trainer, pl_module: L.LightningModule) -> Example:
-    """The example that a LightningModule has of what it takes, on its device, of its precision.
+    """The `example_input_array` of a LightningModule, on its device and in its precision.
 
     Raises:
         ValueError: If it has none.
     """
     example = pl_module.example_input_array
-    if not isinstance(example, Tensor | tuple | dict):
-        raise ValueError(
-            f"`example_input_array` of {type(pl_module).__name__} is expected to be what its "
-            "`forward` takes, a tensor, or a tuple or dict of arguments, for Channels and costs, "
-            f"but {type(example).__name__} came; "
-            "set `self.example_input_array = torch.zeros(1, 3, 32, 32)`, say, in its `__init__`"
-        )
+    expect(
+        isinstance(example, Tensor | tuple | dict),
+        "example_input_array",
+        "be a tensor, or a tuple or dict of arguments of `forward`, for Channels and costs",
+        f"{type(example).__name__} in {type(pl_module).__name__}",
+        "in `__init__`, set for example `self.example_input_array = torch.zeros(1, 3, 32, 32)`",
+    )
     moved: Example = move_data_to_device(example, pl_module.device)
     converted: Example = trainer.precision_plugin.convert_input(moved)
     return converted
 
 
-def let_go(callback: L.Callback) -> None:
-    """Take off a callback the methods that Lightning has lent it, and that keep the model alive."""
+def drop_log_methods(callback: L.Callback) -> None:
+    """Remove the `log` methods that Lightning adds to a callback, which keep the model alive."""
     for name in ("log", "log_dict"):
         vars(callback).pop(name, None)
 
 
 def averaged_models(trainer: L.Trainer) -> Iterator[tuple[str, nn.Module]]:
-    """Every averaged copy of the model in a fit, with the name of the callback that keeps it."""
+    """Averaged copies of the model, each with the name of its callback."""
     for callback in _callbacks(trainer):
         average = getattr(callback, "_average_model", None)
         if isinstance(callback, WeightAveraging) and average is not None:
@@ -158,14 +162,15 @@ def averaged_models(trainer: L.Trainer) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_strategy(trainer: L.Trainer) -> None:
-    """Refuse strategies that flatten many parameters into one, which leaves nothing to prune.
+    """Check that a strategy does not flatten parameters, which cannot be pruned then.
 
     Raises:
-        ValueError: Naming the strategy.
+        ValueError: If it does.
     """
-    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
-        raise ValueError(
-            "`strategy` is expected to keep every parameter by itself, but "
-            f"{type(trainer.strategy).__name__} flattens many into one; use strategy='ddp', or "
-            "ModelParallelStrategy for sharded parameters"
-        )
+    expect(
+        not isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy),
+        "strategy",
+        "keep parameters separate",
+        f"{type(trainer.strategy).__name__}, which flattens them",
+        "use strategy='ddp', or ModelParallelStrategy for sharded parameters",
+    )

@@ -218,9 +218,9 @@ def test_beyond_the_memory_limit_the_same_batches_come_from_files(tree, caplog, 
 
 
 def test_folder_without_a_tree_is_refused(tmp_path, tree):
-    with pytest.raises(FileNotFoundError, match=r"`root`=.*nowhere.*data\.root=DIR"):
+    with pytest.raises(FileNotFoundError, match=r"`root` must hold .*nowhere.*data\.root=DIR"):
         ready(ImageFolder(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="`root` is expected"):
+    with pytest.raises(ValueError, match=r"`root` must be .*, got None"):
         ready(ImageFolder())
     (tmp_path / "empty" / "train").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="Couldn't find any class folder"):
@@ -233,7 +233,7 @@ def test_folder_without_a_tree_is_refused(tmp_path, tree):
 def test_unequal_classes_are_named(tree):
     (tree / "test" / "dog").rename(tree / "test" / "wolf")
     with pytest.raises(
-        ValueError, match=r"only train/ has \['dog'\] and only test/ has \['wolf'\]"
+        ValueError, match=r"got \['dog'\] in train/ only and \['wolf'\] in test/ only"
     ):
         ready(ImageFolder(tree))
 
@@ -241,7 +241,7 @@ def test_unequal_classes_are_named(tree):
 @pytest.mark.parametrize("memory_limit", [0, 2**30])
 def test_the_first_image_of_another_size_is_named(tree, memory_limit):
     Image.new("RGB", (7, 7)).save(tree / "train" / "dog" / "3.png")
-    with pytest.raises(ValueError, match=r"`image_size` is expected.*dog.3\.png is 7x7"):
+    with pytest.raises(ValueError, match=r"`image_size` must be set .*dog.3\.png \(7x7\)"):
         ready(ImageFolder(tree, memory_limit=memory_limit))
 
 
@@ -307,10 +307,10 @@ def test_cifar10_is_read_from_its_archive(archive):
 
 
 def test_cifar10_without_files_or_network_names_root_and_remedy(archive, tmp_path):
-    with pytest.raises(ValueError, match="`root` is expected"):
+    with pytest.raises(ValueError, match=r"`root` must be .*, got None"):
         ready(CIFAR10())
     (archive / "test_batch").write_bytes(b"broken")
-    expected = r"`root`='.*' is expected to hold CIFAR-10.*data=image_folder data\.root=DIR"
+    expected = r"`root` must hold CIFAR-10, .*, got '.*data=image_folder data\.root=DIR"
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=expected):
             ready(CIFAR10(root))

@@ -29,7 +29,7 @@ def test_the_seed_alone_decides():
 
 @pytest.mark.parametrize("size", [0, 100, 0.0, 1.0, -0.1, 1.5, 0.001])
 def test_holding_out_nothing_or_everything_is_refused(size):
-    with pytest.raises(ValueError, match="`val_size` is expected"):
+    with pytest.raises(ValueError, match="`val_size` must hold out"):
         stratified_split(LABELS, size, seed=0)
 
 

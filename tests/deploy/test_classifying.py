@@ -120,7 +120,7 @@ def test_code_that_a_file_names_is_not_run(data, tmp_path):
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (torch.zeros(3, 8, 8), r"`picture` must be of shape \(1, 8, 8\), got \(3, 8, 8\)"),
+        (torch.zeros(3, 8, 8), r"`picture` must have shape \(1, 8, 8\), got \(3, 8, 8\)"),
         (torch.zeros(1, 1, 8, 8), r"got \(1, 1, 8, 8\)"),
         (torch.full((1, 8, 8), -0.5), r"`picture` must hold floats in \[0, 1\], got -0.5 to -0.5"),
     ],

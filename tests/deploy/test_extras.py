@@ -24,7 +24,7 @@ def test_names_what_is_missing_its_use_and_the_command(monkeypatch):
 def test_a_package_that_is_there_and_broken_says_why(monkeypatch, tmp_path):
     (tmp_path / "openvino_broken.py").write_text("raise ImportError('libtbb.so.12 is missing')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ImportError, match=r"gave: libtbb\.so\.12 is missing; run pip"):
+    with pytest.raises(ImportError, match=r"got ImportError: libtbb\.so\.12 is missing; run pip"):
         require("openvino_broken")
 
 
@@ -52,7 +52,8 @@ def test_who_has_no_shards_does_not_wait_for_what_shards_are_made_of():
 
 def test_what_is_imported_when_first_asked_for_is_there_all_the_same():
     assert set(pruneflow.__all__) <= set(dir(pruneflow))
+    former = {"Gradients": "Calibration"}
     for name in pruneflow.__all__:
-        assert getattr(pruneflow, name).__name__ == name
+        assert getattr(pruneflow, name).__name__ == former.get(name, name)
     with pytest.raises(AttributeError, match="module 'pruneflow' has no attribute 'nonsense'"):
         pruneflow.nonsense  # noqa: B018

@@ -10,7 +10,7 @@ from torch import nn
 
 from pruneflow.deploy import building, forms
 from pruneflow.deploy.forms import markdown, measure_forms, table
-from pruneflow.run.deploy_task import deliver
+from pruneflow.run.deploy_task import write_forms
 
 NAMES = [
     "dense",
@@ -140,17 +140,17 @@ def test_models_threads_and_gradients_are_left_as_they_were(measured, dense, pru
 
 def test_a_form_that_is_refused_gives_the_reason(measured, monkeypatch):
     def missing(model, example, path):
-        raise ImportError("`onnxscript` is expected ...; run pip install 'pruneflow[deploy]'")
+        raise ImportError("`onnxscript` must be installed ...; run pip install 'pruneflow[deploy]'")
 
     def refused(model, example, fixed_size):
-        raise ValueError("`model` is expected to be one that torch.fx traces")
+        raise ValueError("`model` must be traceable by torch.fx")
 
     monkeypatch.setattr(building, "export_onnx", missing)
     monkeypatch.setattr(building, "shrink", refused)
     found = measured()
     assert found["dense, ONNX Runtime"]["note"] == "needs pip install 'pruneflow[deploy]'"
     for name in ("shrunk", "shrunk, ONNX Runtime"):
-        assert found[name]["note"] == "`model` is expected to be one that torch.fx traces"
+        assert found[name]["note"] == "`model` must be traceable by torch.fx"
         assert found[name]["bytes"] is None and not found[name]["seconds"]
     assert found["packed"]["seconds"]
 
@@ -159,10 +159,13 @@ def test_the_shrunk_forms_of_an_earlier_run_are_not_left_for_those_of_this_one(
     measured, monkeypatch, tmp_path, dense, pruned
 ):
     def refused(model, example, fixed_size):
-        raise ValueError("`model` is expected to be one that torch.fx traces")
+        raise ValueError("`model` must be traceable by torch.fx")
 
     monkeypatch.setattr(building, "shrink", refused)
-    for again in (measured, lambda: deliver(dense, pruned, [], tmp_path, batches=(), threads=None)):
+    for again in (
+        measured,
+        lambda: write_forms(dense, pruned, [], tmp_path, batches=(), threads=None),
+    ):
         for name in ("shrunk.pt2", "shrunk.onnx", "mine.onnx"):
             (tmp_path / name).write_bytes(b"of another model")
         again()
@@ -181,7 +184,9 @@ def test_a_form_that_computes_something_else_has_no_figures(measured, monkeypatc
 def test_a_program_that_computes_something_else_is_not_written(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(building, "shrink", lambda model, example, fixed_size: Pass(model, shift=1))
     form = measured()["shrunk"]
-    assert form["note"].startswith("shrunk.pt2 was not written: read back, its outputs for a batch")
+    assert form["note"].startswith(
+        "shrunk.pt2 was not written: once loaded, its outputs for a batch"
+    )
     assert form["bytes"] is None and form["file"] is None
     assert not list(tmp_path.glob("*.pt2"))
 
@@ -263,12 +268,12 @@ def test_a_network_that_views_its_images_as_rows_runs(quick, image, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"example_input": torch.ones(2, 3, 8, 8)}, r"`example_input` .* \(2, 3, 8, 8\) came"),
-        ({"example_input": torch.tensor(1.0)}, r"`example_input` .* \(\) came"),
+        ({"example_input": torch.ones(2, 3, 8, 8)}, r"`example_input` .*, got .* \(2, 3, 8, 8\)"),
+        ({"example_input": torch.tensor(1.0)}, r"`example_input` .*, got .* \(\)"),
         ({"example_input": torch.ones(1, 5)}, "Expected 3D .* input to conv2d"),
-        ({"batches": ()}, r"`batches` .* \(\) came"),
-        ({"batches": (0, 4)}, r"`batches` .* \(0, 4\) came"),
-        ({"threads": 0}, "`threads` .* 0 came"),
+        ({"batches": ()}, r"`batches` .*, got \(\)"),
+        ({"batches": (0, 4)}, r"`batches` .*, got \(0, 4\)"),
+        ({"threads": 0}, "`threads` .*, got 0"),
     ],
 )
 def test_refusals(quick, dense, pruned, image, tmp_path, arguments, message):

@@ -236,7 +236,7 @@ def test_in_place_holds_one_byte_a_weight():
     held.attach(model, masks_of(model, 0.5), [])
     sizes = {
         id(value): value.numel() * value.element_size()
-        for bits in held.held.values()
+        for bits in held.raw_masks.values()
         for value in (bits,)
     }
     assert sum(sizes.values()) == sum(weight.numel() for weight in weights(model))

@@ -60,9 +60,9 @@ def test_a_plain_function_gets_as_many_rounds_as_fit():
     ]
 
 
-def test_sparsity_not_known_ahead():
+def test_sparsity_not_known_in_advance():
     table = Plan.lay(2, Clock(every=3), 6).table(100)
-    assert "The sparsity is not known ahead" in table
+    assert "The sparsity is not known in advance" in table
     assert table.splitlines()[2].split() == ["1", "0", "?", "?", "?"]
 
 
@@ -87,7 +87,9 @@ def test_refuses_what_cannot_finish(schedule):
 
 def test_refuses_more_rounds_than_fit_but_not_one_that_just_fits():
     Plan.lay(Linear(0.9, 4), Clock(0, 3), 10)
-    with pytest.raises(ValueError, match="its last round, 4, would prune at the start of epoch 9"):
+    with pytest.raises(
+        ValueError, match="whose last round, 4, would prune at the start of epoch 9"
+    ):
         Plan.lay(Linear(0.9, 4), Clock(0, 3), 9)
 
 

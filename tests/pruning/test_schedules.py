@@ -49,7 +49,7 @@ def test_is_a_value(make):
 @every_schedule
 @pytest.mark.parametrize("round", [-1, 100])
 def test_refuses_rounds_it_does_not_have(make, round):
-    with pytest.raises(ValueError, match="`round` is expected to be within 0"):
+    with pytest.raises(ValueError, match="`round` must be from 0 to"):
         make(0.9, 4)(round)
 
 
@@ -132,26 +132,26 @@ def test_cubic_and_linear_literals():
 )
 @every_schedule
 def test_refuses_a_target_outside_zero_to_one(make, target):
-    with pytest.raises(ValueError, match="`target` is expected to be a number in"):
+    with pytest.raises(ValueError, match="`target` must be a number in"):
         make(target, 4)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OneShot(0.9, rounds=3), "`rounds` of OneShot is expected to be 1"),
+        (lambda: OneShot(0.9, rounds=3), "`rounds` must be 1 .* for OneShot"),
         (lambda: Compounding(target=0.9), "two of `target`, `amount` and `rounds`"),
-        (lambda: Compounding(target=0.9, amount=0.5, rounds=2), "`amount` is expected to be 0.68"),
-        (lambda: Compounding(target=0.9, amount=0), "`amount` is expected to be above 0"),
+        (lambda: Compounding(target=0.9, amount=0.5, rounds=2), "`amount` must be 0.68"),
+        (lambda: Compounding(target=0.9, amount=0), "`amount` must be above 0"),
         (lambda: Compounding(amount=0.9, rounds=400), "`target`"),
-        (lambda: Linear(0.9, 0), "`rounds` is expected to be a whole number"),
-        (lambda: Cubic(0.9, 2.5), "`rounds` is expected to be a whole number"),
-        (lambda: Explicit([]), "`sparsities` is expected to hold"),
-        (lambda: Explicit([0.5, 0.4]), "expected never to fall"),
-        (lambda: Explicit([0.5, 0.9], rounds=3), "`rounds` is expected to be the number"),
-        (lambda: Explicit([0.0], target=0.5), "cannot be scaled"),
-        (lambda: sparsity_per_round(lambda k: 0.5), "how many rounds"),
-        (lambda: sparsity_per_round(lambda k: 1 - k / 4, 3), "expected never to fall"),
+        (lambda: Linear(0.9, 0), "`rounds` must be a whole number"),
+        (lambda: Cubic(0.9, 2.5), "`rounds` must be a whole number"),
+        (lambda: Explicit([]), "`sparsities` must have one value per round, got none"),
+        (lambda: Explicit([0.5, 0.4]), "must be cumulative and not decrease"),
+        (lambda: Explicit([0.5, 0.9], rounds=3), "`rounds` must be the number"),
+        (lambda: Explicit([0.0], target=0.5), "must be 0 if `sparsities` end at 0"),
+        (lambda: sparsity_per_round(lambda k: 0.5), "must have a number of rounds"),
+        (lambda: sparsity_per_round(lambda k: 1 - k / 4, 3), "must be cumulative and not decrease"),
     ],
 )
 def test_refuses_at_construction(make, message):
@@ -160,5 +160,5 @@ def test_refuses_at_construction(make, message):
 
 
 def test_refuses_what_is_no_schedule():
-    with pytest.raises(TypeError, match="`schedule` is expected to be"):
+    with pytest.raises(TypeError, match="`schedule` must be"):
         sparsity_per_round("cubic")

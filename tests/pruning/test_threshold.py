@@ -19,9 +19,10 @@ from pruneflow.pruning import threshold
 from pruneflow.pruning.threshold import (
     Elementwise,
     Threshold,
+    find_cost_threshold,
     find_threshold,
     keep_masks,
-    keep_parts,
+    local_keep_masks,
 )
 
 N = 1_000_000
@@ -136,7 +137,7 @@ def in_lockstep(parts: Sequence[Sequence[Tensor]], k: int) -> list[list[Tensor]]
 
         scores = functions(parts[rank])
         found = find_threshold(scores, k, gather)
-        return list(keep_parts(scores, found, gather, rank))
+        return list(local_keep_masks(scores, found, gather, rank))
 
     with ThreadPoolExecutor(len(parts)) as pool:
         return list(pool.map(run, range(len(parts))))
@@ -246,7 +247,7 @@ def test_a_sample_that_misleads_costs_passes_but_no_exactness(
     count_passes: list[tuple[float, float]],
 ) -> None:
     monkeypatch.setattr(
-        threshold, "_sample", lambda score, _: (torch.tensor(sample), score().numel())
+        threshold, "_sample", lambda score, *_: (torch.tensor(sample), score().numel())
     )
     scores = torch.randn(5000, generator=torch.Generator().manual_seed(0)).round(decimals=2)
     for k in (1, 1700, 2500, 4999, 5000):
@@ -284,7 +285,7 @@ def test_parameters_are_left_alone() -> None:
 
 @pytest.mark.parametrize("k", [-1, 4])
 def test_refuses_k_out_of_range(k: int) -> None:
-    with pytest.raises(ValueError, match=rf"`k` is expected to be from 0 to 3.* but {k} came"):
+    with pytest.raises(ValueError, match=rf"`k` must be from 0 to 3.* got {k};"):
         find_threshold(functions([torch.ones(2), torch.ones(1)]), k)
 
 
@@ -383,3 +384,49 @@ def test_memory_is_bounded_by_one_tensor(values: str, monkeypatch: pytest.Monkey
         # One tensor's scores, the mask (a quarter), what is collected (held twice while joined).
         assert peak_bytes(scores, k) < 1.3 * largest + 2.5 * collected
         assert peak_bytes(pieces, k) < 0.5 * largest + 2.5 * collected
+
+
+def cheapest_prefix(
+    tensors: list[torch.Tensor], costs: list[float], target: float
+) -> list[torch.Tensor]:
+    """Prune entries in the order (score, tensor, index) until they cost enough."""
+    entries = sorted(
+        (float(value), i, j)
+        for i, tensor in enumerate(tensors)
+        for j, value in enumerate(tensor.tolist())
+    )
+    masks, spent = [torch.ones_like(tensor, dtype=torch.bool) for tensor in tensors], 0.0
+    for _, i, j in entries:
+        if spent >= target:
+            break
+        masks[i][j], spent = False, spent + costs[i]
+    return masks
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    levels=st.sampled_from([1, 3, 20, 10**6]),
+    costs=st.lists(st.sampled_from([0.5, 1.0, 2.0, 7.0, 100.0]), min_size=1, max_size=4),
+    share=st.floats(0, 1),
+)
+@settings(max_examples=60)
+def test_a_cost_is_reached_by_the_fewest_of_the_lowest_scores(
+    seed: int, levels: int, costs: list[float], share: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        torch.randint(levels, (int(n),), generator=generator).float()
+        for n in torch.randint(1, 1500, (len(costs),), generator=generator)
+    ]
+    if seed % 3 == 0:
+        tensors[0][::2] = -math.inf
+    target = share * sum(cost * len(tensor) for cost, tensor in zip(costs, tensors, strict=True))
+    found = find_cost_threshold(functions(tensors), costs, target)
+    masks = list(keep_masks(functions(tensors), found))
+    for mask, expected in zip(masks, cheapest_prefix(tensors, costs, target), strict=True):
+        assert torch.equal(mask, expected)
+
+
+def test_a_cost_of_scores_that_are_no_numbers_is_refused() -> None:
+    with pytest.raises(threshold.NaNScoresError, match="NaN"):
+        find_cost_threshold(functions([torch.tensor([1.0, math.nan])]), [1.0], 1.5)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from pruneflow import MaskSet, Pruner
-from pruneflow.pruning.torch_methods import torch_masks
+from pruneflow import Context, MaskSet, Pruner
+from pruneflow.pruning.torch_methods import TorchPruning
 
 
 class EveryOther(prune.BasePruningMethod):
@@ -20,6 +20,10 @@ class EveryOther(prune.BasePruningMethod):
         mask = default_mask.clone()
         mask.view(-1)[::2] = 0
         return mask
+
+
+def masks_of(method, tensor, target, before=None):
+    return TorchPruning(method, "layer").masks({"t": tensor}, before or {}, target, Context(1))
 
 
 def conv():
@@ -116,7 +120,7 @@ def test_identity_and_custom_from_mask_and_a_users_own():
 def test_tensors_outside_any_module_equal_torch_prune_method():
     tensor = torch.tensor([0.5, -3.0, 1.0, -0.1])
     expected = prune.L1Unstructured(amount=2).prune(tensor)
-    masks = torch_masks({"t": tensor}, None, method=prune.L1Unstructured(amount=2))
+    masks = masks_of(prune.L1Unstructured(amount=2), tensor, None)
     assert torch.equal(tensor * masks["t"], expected)
 
 
@@ -127,12 +131,12 @@ def test_a_partial_with_an_amount_keeps_it():
 
 def test_bad_input():
     layer = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="keeps its own amount"):
+    with pytest.raises(ValueError, match=r"must not keep its own amount .* call `prune\(\)`"):
         pruned(layer, importance=prune.L1Unstructured(0.5)).prune_to(0.5)
-    with pytest.raises(ValueError, match="expected to keep its own amount"):
+    with pytest.raises(ValueError, match="must keep its own amount"):
         pruned(layer, importance=prune.L1Unstructured).prune()
-    with pytest.raises(ValueError, match="`scope` is expected to be 'layer' for LnStructured"):
+    with pytest.raises(ValueError, match="`scope` must be 'layer' for LnStructured"):
         Pruner(layer, importance=prune.LnStructured(0.5, n=2), optimizers=[]).prune()
     half = MaskSet({"t": torch.tensor([True, False])})
     with pytest.raises(ValueError, match=r"at least the present one, 0\.5"):
-        torch_masks({"t": torch.ones(2)}, 0.0, method=prune.L1Unstructured, masks=half)
+        masks_of(prune.L1Unstructured, torch.ones(2), 0.0, half)

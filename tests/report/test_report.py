@@ -318,7 +318,7 @@ def test_an_unreached_target_stands_at_the_top_everywhere(tmp_path):
     printed = " ".join(printed_summary(facts).split())  # as one line
     for text in (markdown.split("##")[0], page.split("<h2>")[0], printed):
         assert "Target not reached." in text
-        assert f"90.00 % was asked for: {short:,} weights short" in text
+        assert f"{short:,} weights short of the target of 90.00 %" in text
         assert "after 2 of 5 rounds" in text
     rows = [row[0] for row in markdown_tables(markdown)[2][2:]]
     assert rows == ["1", "2", "3 (not run)", "4 (not run)", "5 (not run)"]
@@ -337,9 +337,9 @@ def test_a_reached_target_is_judged_by_counts_not_by_printed_figures(tmp_path):
 @pytest.mark.parametrize(
     ("granularity", "why"),
     [
-        ("Channels()", "since whole channels go, in wide layers 16 at a time"),
-        ("Block(rows=1, columns=16)", "since whole blocks go"),
-        ("weights", "since what goes together goes as a whole"),
+        ("Channels()", "since whole channels are removed, 16 at a time in wide layers"),
+        ("Block(rows=1, columns=16)", "since whole blocks are removed"),
+        ("weights", "since weights are removed in groups"),
     ],
 )
 @pytest.mark.usefixtures("no_drawing")
@@ -367,14 +367,14 @@ def test_a_latency_that_is_a_sum_of_prices_is_called_estimated(tmp_path):
     facts = make_facts() | {"costs": "latency"}
     markdown, page = write(tmp_path, facts)
     for text in (markdown, page, " ".join(printed_summary(facts).split())):
-        assert "75.00 % of the estimated latency of prunable weights is gone" in text
+        assert "75.00 % of the estimated latency of prunable weights is removed" in text
         assert "target: 75.00 % of estimated latency" in text
 
 
 @pytest.mark.usefixtures("no_drawing")
 def test_a_part_of_the_test_set_is_named_at_the_top_and_what_it_lacks_has_no_accuracy(tmp_path):
     facts = make_facts()
-    warning = "Only 64 of 360 test pictures were tested"
+    warning = "Only 64 of 360 test images were used"
     assert not any(warning in text for text in write(tmp_path, facts))
     facts["final"] |= {"tested": 64, "test_per_class": [0.5, None]}
     markdown, page = write(tmp_path, facts)
@@ -412,7 +412,7 @@ def test_a_target_not_known_ahead(tmp_path):
     for line in facts["plan"]:
         line.update(amount=None, sparsity=None, kept=None)
     markdown, _ = write(tmp_path, facts)
-    assert "**Sparsity was not known ahead.** 75.00 % of 4,072" in markdown
+    assert "**Sparsity was not known in advance.** 75.00 % of 4,072" in markdown
     assert markdown_tables(markdown)[2][2][2:6] == ["–", "–", "–", "50.00 %"]
 
 

@@ -114,7 +114,7 @@ def test_an_average_that_forgets_all_but_the_last_step_changes_nothing(run):
     assert facts["final"] == expected["final"]
 
 
-@pytest.mark.filterwarnings("ignore:EarlyStopping.* may stop the training:UserWarning")
+@pytest.mark.filterwarnings("ignore:EarlyStopping.* may stop training before:UserWarning")
 def test_early_stopping_ends_a_phase_and_the_target_is_missed(run, caplog):
     caplog.set_level(logging.WARNING)
     with pytest.warns(UserWarning, match="ended in round 1 of 2, .*, below the target"):
@@ -126,11 +126,11 @@ def test_early_stopping_ends_a_phase_and_the_target_is_missed(run, caplog):
         assert [int(row["epoch"]) for row in csv.DictReader(file)] == [0, 1, 2, 3]
     assert [line["round"] for line in facts["rounds"]] == [1]
     assert not document(facts, str(folder)).reached
-    assert "Stopped early: the rounds of 4 epochs ended after epoch 3" in caplog.text
+    assert "Stopped early: the rounds (4 epochs) ended after epoch 3" in caplog.text
     assert "the dense phase" not in caplog.text  # which it let pass whole
 
 
-@pytest.mark.filterwarnings("ignore:EarlyStopping.* may stop the training:UserWarning")
+@pytest.mark.filterwarnings("ignore:EarlyStopping.* may stop training before:UserWarning")
 def test_early_stopping_waits_for_the_least_number_of_epochs(run, caplog):
     caplog.set_level(logging.WARNING)
     folder, facts = run(
@@ -140,7 +140,7 @@ def test_early_stopping_waits_for_the_least_number_of_epochs(run, caplog):
     with (folder / "metrics.csv").open() as file:
         assert [int(row["epoch"]) for row in csv.DictReader(file)] == [0, 1, 2, 3, 4]
     assert document(facts, str(folder)).reached
-    assert "Stopped early: the rounds of 4 epochs ended after epoch 4" in caplog.text
+    assert "Stopped early: the rounds (4 epochs) ended after epoch 4" in caplog.text
 
 
 def test_the_best_of_each_round_is_kept_and_none_of_the_dense_phase(run, tmp_path):

@@ -6,9 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from pruneflow.run.names import (
+    allow_hidden,
     check_trainer_keys,
-    let_hidden_through,
-    note_old_names,
+    log_old_names,
     rename_keys,
 )
 
@@ -28,7 +28,7 @@ from pruneflow.run.names import (
     ],
 )
 def test_hidden_keys_alone_are_let_through(argument, expected):
-    assert let_hidden_through([argument]) == [expected]
+    assert allow_hidden([argument]) == [expected]
 
 
 def test_what_an_old_key_sets_is_moved():
@@ -50,7 +50,7 @@ def test_where_there_is_no_old_key_nothing_changes(config):
 def test_old_names_are_noted_with_the_new_ones(caplog):
     caplog.set_level(logging.INFO)
     choices = {"granularity": "weights", "costs": "none", "callbacks": ["ema"]}
-    note_old_names(choices, {"a.b": "c.d"})
+    log_old_names(choices, {"a.b": "c.d"})
     assert caplog.messages == [
         "`granularity=weights` is now called `granularity=unstructured`; the old name still works",
         "`a.b` is now called `c.d`; the old name still works",
@@ -66,8 +66,8 @@ def test_old_names_are_noted_with_the_new_ones(caplog):
         ("check_val_every_n_epoch", 2, "`dense.epochs` and `pruning.epochs`"),
         ("callbacks", [], "`+callbacks.NAME`"),
         ("logger", False, "`logger=csv`"),
-        ("devices", 2, "a Trainer of your own"),
-        ("devices", None, "a Trainer of your own"),
+        ("devices", 2, "in your own Trainer"),
+        ("devices", None, "in your own Trainer"),
     ],
 )
 def test_keys_of_the_experiment_are_refused_with_what_serves_instead(key, value, remedy):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pruneflow.run.deploy_task import Deployment
+from pruneflow.run.deploy_task import DeployTask
 from pruneflow.run.experiment import Experiment
 from pruneflow.run.preflight import BuildError, check_values
 from pruneflow.run.recipes import store_recipes
@@ -100,11 +100,11 @@ def with_parts(config, **parts):
     [
         (
             "deploy.batches=16",
-            "`deploy.batches` must be a list of whole numbers, got 16; give deploy.batches=[16]",
+            "`deploy.batches` must be a list of whole numbers, got 16; set deploy.batches=[16]",
         ),
         (
             "deploy.batches=[0]",
-            "`deploy.batches` must be at least 1, got [0]; give deploy.batches=[1,16,128]",
+            "`deploy.batches` must be at least 1, got [0]; set deploy.batches=[1,16,128]",
         ),
         ("deploy.batches=[1,many]", "`deploy.batches` must be a list of whole numbers"),
         (
@@ -113,17 +113,17 @@ def with_parts(config, **parts):
         ),
         (
             "deploy.threads=100000",
-            f"at most {os.cpu_count()}, got 100000; give deploy.threads=null",
+            f"at most {os.cpu_count()}, got 100000; set deploy.threads=null",
         ),
-        ("deploy.batches=-1", "got -1; give deploy.batches=[1,16,128]"),
+        ("deploy.batches=-1", "got -1; set deploy.batches=[1,16,128]"),
         ("deploy.threads=all", "`deploy.threads` must be a whole number or null, got 'all'"),
-        ("seed=null", "`seed` must be a whole number, got null; give seed=0"),
+        ("seed=null", "`seed` must be a whole number, got null; set seed=0"),
         ("seed=-1", "`seed` must be at least 0 and at most 4294967295, got -1"),
         ("seed=1.5", "`seed` must be a whole number, got 1.5"),
         ("seed=true", "`seed` must be a whole number, got True"),
-        ("resume=maybe", "`resume` must be true or false, got 'maybe'; give resume=true"),
+        ("resume=maybe", "`resume` must be true or false, got 'maybe'; set resume=true"),
         ("task=compare", "`task` must be 'prune' or 'deploy', got 'compare'"),
-        ("dense.epochs=-1", "`dense.epochs` must be at least 0, got -1; give dense.epochs=10"),
+        ("dense.epochs=-1", "`dense.epochs` must be at least 0, got -1; set dense.epochs=10"),
         ("dense.epochs=1.5", "`dense.epochs` must be a whole number, got 1.5"),
         ("dense.weights=3", "`dense.weights` must be a string or null, got 3"),
         (
@@ -132,29 +132,29 @@ def with_parts(config, **parts):
         ),
         ("pruning.epochs=two", "`pruning.epochs` must be a whole number, got 'two'"),
         ("pruning.exclude=null", "`pruning.exclude` must be a list of strings, got null"),
-        ("pruning.exclude=fc", '; give pruning.exclude=["fc"]'),
+        ("pruning.exclude=fc", '; set pruning.exclude=["fc"]'),
         ("pruning.gradient_batches=0", "`pruning.gradient_batches` must be at least 1, got 0"),
         (
             "data.batch_size=large",
-            "`data.batch_size` must be a whole number, got 'large'; give data.batch_size=128",
+            "`data.batch_size` must be a whole number, got 'large'; set data.batch_size=128",
         ),
         ("data.batch_size=null", "`data.batch_size` must be a whole number, got null"),
-        ("data.flip=maybe", "`data.flip` must be true or false, got 'maybe'; give data.flip=false"),
+        ("data.flip=maybe", "`data.flip` must be true or false, got 'maybe'; set data.flip=false"),
         (
             "data.mean=0.5",
-            "`data.mean` must be a list of numbers or null, got 0.5; give data.mean=[0.5]",
+            "`data.mean` must be a list of numbers or null, got 0.5; set data.mean=[0.5]",
         ),
         (
             "data.val_size=some",
-            "`data.val_size` must be a number, got 'some'; give data.val_size=0.1",
+            "`data.val_size` must be a number, got 'some'; set data.val_size=0.1",
         ),
-        ("optimizer.lr=abc", "`optimizer.lr` must be a number, got 'abc'; give optimizer.lr=0.001"),
-        ("optimizer.lr=nan", "`optimizer.lr` must be finite, got nan; give optimizer.lr=0.001"),
+        ("optimizer.lr=abc", "`optimizer.lr` must be a number, got 'abc'; set optimizer.lr=0.001"),
+        ("optimizer.lr=nan", "`optimizer.lr` must be finite, got nan; set optimizer.lr=0.001"),
         ("optimizer.lr=inf", "`optimizer.lr` must be finite, got inf"),
         ("optimizer.momentum=[1]", "`optimizer.momentum` must be a number, got [1]"),
         (
             "model.width=wide",
-            "`model.width` must be a whole number, got 'wide'; give model.width=32",
+            "`model.width` must be a whole number, got 'wide'; set model.width=32",
         ),
         ("schedule.rounds=two", "`schedule.rounds` must be a whole number, got 'two'"),
         ("classifier.channels_last=maybe", "`classifier.channels_last` must be true or false"),
@@ -168,7 +168,7 @@ def with_parts(config, **parts):
         ("loss.label_smoothing=some", "`loss.label_smoothing` must be a number, got 'some'"),
         (
             "callbacks=ema callbacks.ema.decay=slow",
-            "`callbacks.ema.decay` must be a number, got 'slow'; give callbacks.ema.decay=0.999",
+            "`callbacks.ema.decay` must be a number, got 'slow'; set callbacks.ema.decay=0.999",
         ),
         (
             "callbacks=[lr_monitor,early_stopping] callbacks.early_stopping.patience=1.5",
@@ -210,16 +210,22 @@ def test_what_is_right_passes(composed, group):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.limit_test_batches=0"], "`trainer.limit_test_batches` must leave some of the 6"),
-        (["trainer.limit_train_batches=0"], "`trainer.limit_train_batches` must leave some of the"),
+        (
+            ["trainer.limit_test_batches=0"],
+            "`trainer.limit_test_batches` must keep at least 1 of the 6 batches, got 0;",
+        ),
+        (
+            ["trainer.limit_train_batches=0"],
+            "`trainer.limit_train_batches` must keep at least 1",
+        ),
         (
             ["trainer.limit_val_batches=0.01"],
-            "`trainer.limit_val_batches` must leave some of the 3",
+            "`trainer.limit_val_batches` must keep at least 1 of the 3",
         ),
         (["trainer.limit_test_batches=1.5"], "invalid value 1.5 for limit_test_batches"),
         (
             ["trainer.precision=16-mixed"],
-            "got '16-mixed', which CPUs do not; give trainer.precision",
+            "got '16-mixed' on a CPU; set trainer.precision",
         ),
         (["trainer.accelerator=warp"], "invalid accelerator name"),
         (["+trainer.foo=1"], "unexpected keyword argument 'foo'"),
@@ -230,30 +236,30 @@ def test_what_is_right_passes(composed, group):
             "`checkpoint` must be left out when pruning, got ",
         ),
         (["dense.cache=/dev/null/cache"], "/dev/null"),
-        (["++trainer.max_epochs=3"], "`trainer.max_epochs` must be left out, got 3; stages last"),
+        (["++trainer.max_epochs=3"], "`trainer.max_epochs` must be left out, got 3; set `dense"),
         (["loss.label_smoothing=1"], "`label_smoothing` must be in [0, 1), got 1"),
         (["+loss.temperature=2"], "unexpected keyword argument 'temperature'"),
         (["+importance.temperature=2"], "unexpected keyword argument 'temperature'"),
         (["costs=latency", "+costs.repeat=2"], "unexpected keyword argument 'repeat'"),
         (
             ["callbacks=[ema,lr_monitor]"],
-            "`callbacks.lr_monitor` must have a logger to log to, got none; give logger=csv",
+            "`callbacks.lr_monitor` must have a logger, got none; set logger=csv",
         ),
         (
             ["+callbacks.stats={_target_: lightning.pytorch.callbacks.DeviceStatsMonitor}"],
-            "`callbacks.stats` must have a logger to log to, got none",
+            "`callbacks.stats` must have a logger, got none",
         ),
         (["callbacks=ema", "callbacks.ema.decay=2"], "Invalid decay value 2"),
         (["callbacks=ema", "+callbacks.ema.speed=2"], "unexpected keyword argument 'speed'"),
-        (["+callbacks.mine=3"], "`callbacks.mine` must build a Callback of Lightning, got 3"),
+        (["+callbacks.mine=3"], "`callbacks.mine` must build a Lightning callback, got 3"),
         (
             ["+callbacks.mine={_target_: builtins.dict}"],
-            "`callbacks.mine` must build a Callback of Lightning, got {}",
+            "`callbacks.mine` must build a Lightning callback, got {}",
         ),
         (["+callbacks.mine={_target_: nowhere.Callback}"], "No module named 'nowhere'"),
         (
             ["+callbacks.mine={_target_: pruneflow.PruningCallback, schedule: [0.5]}"],
-            "`callbacks.mine` must not be a PruningCallback, as a run has its own",
+            "`callbacks.mine` must not be a PruningCallback, as every run has one",
         ),
         (
             ["callbacks=ema", f"+callbacks.other={EMA}"],
@@ -261,7 +267,7 @@ def test_what_is_right_passes(composed, group):
         ),
         (
             ["callbacks=ema", "masking=reparametrize"],
-            "`masking` must be in_place beside callbacks.ema",
+            "`masking` must be in_place with callbacks.ema",
         ),
         (
             ["callbacks=early_stopping", f"+callbacks.other={EARLY_STOPPING}"],
@@ -274,7 +280,7 @@ def test_what_is_right_passes(composed, group):
         ),
         (
             ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val_accuracy"],
-            "`callbacks.early_stopping.mode` must be 'max' for val_accuracy, got 'min'; give "
+            "`callbacks.early_stopping.mode` must be 'max' for val_accuracy, got 'min'; set "
             "callbacks.early_stopping.mode=max",
         ),
         (
@@ -287,12 +293,13 @@ def test_what_is_right_passes(composed, group):
                 *("+callbacks.ema.update_starting_at_step=99999", "dense.epochs=0"),
                 "pruning.epochs=11",
             ],
-            "`callbacks.ema` must begin to average in each phase, got none in the rounds (epochs 0 "
-            "to 10,",
+            "`callbacks.ema` must update the averaged weights in each phase, got no update in the "
+            "rounds (epochs 0 to 10,",
         ),
         (
             ["callbacks=ema", "callbacks.ema.update_every_n_steps=0"],
-            "`callbacks.ema` must begin to average in each phase, got none in the dense phase",
+            "`callbacks.ema` must update the averaged weights in each phase, got no update in the "
+            "dense phase (",
         ),
     ],
 )
@@ -306,16 +313,16 @@ def test_what_cannot_run_is_refused_before_it_runs(composed, tmp_path, overrides
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"data": OneClass}, "`data` must have two classes or more"),
+        ({"data": OneClass}, "`data` must have at least two classes, each with a name, got 1"),
         ({"data": NoNames}, "got NoNames without `classes`; see pruneflow.data.ImageData"),
         ({"data": dict}, "'dict' object has no attribute 'prepare_data'"),
         (
             {"data": (Pictures, {"batch_size": 9, "drop_last": True})},
-            "`data` must give batches for `train_dataloader`, got none; lower data.batch_size",
+            "`data` must have batches in `train_dataloader`, got none; lower data.batch_size",
         ),
         (
             {"data": Pictures, "model": too_many},
-            "`model` must give 2 numbers for each picture, one for each class, got shape (2, 1000)",
+            "`model` must return 2 logits for each image, one per class, got shape (2, 1000)",
         ),
         ({"data": Pictures, "model": no_module}, "no attribute 'training'"),
         (
@@ -345,12 +352,12 @@ def test_a_gpu_that_is_not_there_is_refused_by_the_node_that_asks_for_it(
 @pytest.mark.parametrize("override", ["deploy.batches=16", "deploy.threads=0", "data.batch_size=x"])
 def test_deploying_is_checked_as_well(composed, tmp_path, override):
     with pytest.raises(ValueError, match=f"`{override.split('=')[0]}` must be"):
-        Deployment(composed("task=deploy", f"checkpoint={__file__}", override), tmp_path)
+        DeployTask(composed("task=deploy", f"checkpoint={__file__}", override), tmp_path)
 
 
 def test_a_batch_that_takes_all_pictures_is_named(composed, tmp_path, caplog):
     Experiment(composed("data.batch_size=5000", "trainer.accelerator=cpu"), tmp_path, "", "")
-    assert "`data.batch_size` takes all pictures at once" in caplog.text
+    assert "`data.batch_size` is at least the number of images" in caplog.text
 
 
 def test_a_datamodule_of_ones_own_runs_without_a_fingerprint(composed, tmp_path, caplog):

@@ -374,7 +374,7 @@ def test_callbacks_that_have_a_state_and_end_a_phase_early_too(starts):
     assert {ends[name][0] for name in AVERAGED_KILLS} == {-signal.SIGKILL}
     for name in ("averaged, whole", "averaged, last"):
         assert ends[name][0] == TARGET_MISSED, ends[name][1]
-    assert "Stopped early: the rounds of 8 epochs ended after epoch 6" in ends["averaged, whole"][1]
+    assert "Stopped early: the rounds (8 epochs) ended after epoch 6" in ends["averaged, whole"][1]
     assert "ended in round 2 of 4" in ends["averaged, whole"][1]
     assert_ends_alike(base / "killed" / "averaged", base / "whole" / "averaged")
     last = torch.load(base / "killed" / "averaged" / "last.ckpt")
@@ -395,7 +395,10 @@ def test_finds_the_newest_unfinished_run_of_the_same_configuration(starts):
 
 
 def test_an_empty_folder_starts_a_new_run_and_says_so(starts):
-    assert "No unfinished run to resume: a new one in" in starts[1]["other, within a prune"][1]
+    assert (
+        "No unfinished run to resume; starting a new one in"
+        in starts[1]["other, within a prune"][1]
+    )
 
 
 def test_a_run_that_is_not_to_be_resumed_replaces_what_is_there(starts):
@@ -407,7 +410,7 @@ def test_a_run_that_is_not_to_be_resumed_replaces_what_is_there(starts):
 def test_a_finished_run_says_so(starts):
     status, output = starts[1]["finished"]
     assert status == 0
-    assert "Finished already" in output
+    assert "Already finished" in output
     assert "Target reached." in output
     assert "Dense phase" not in output
 
@@ -428,23 +431,25 @@ def test_a_run_that_is_nearly_the_same_is_named_with_what_differs(starts):
     assert status == 0, output
     said = " ".join(output.split())
     assert (
-        "no unfinished run of this configuration; the nearest, outputs/digits/near"
+        "no unfinished run of this configuration; the most similar one, outputs/digits/near"
         in said.replace(str(starts[0] / "near") + "/", "")
     )
-    assert "differs: `seed` was 3 and is 0; `data.seed` was 3 and is 0; set them alike" in said
+    assert (
+        "differs: `seed` was 3 and is 0; `data.seed` was 3 and is 0; use the same settings" in said
+    )
     assert "far" not in said
 
 
 @pytest.mark.parametrize("damaged", ["cut", "list", "none", "text", "latin"])
 def test_damaged_folders_are_named_and_passed_over(starts, damaged):
     output = starts[1]["beside them"][1]
-    assert re.search(rf"passes over \S*/{damaged}: \S*config.yaml is missing or damaged \(", output)
+    assert re.search(rf"skips \S*/{damaged}: \S*config.yaml is missing or damaged \(", output)
 
 
 def test_a_damaged_folder_that_is_asked_for_is_refused_with_the_remedy(starts):
     status, output = starts[1]["damaged"]
     assert status == 1
-    assert re.search(r"cut/config.yaml is missing or damaged \(.*; delete it, and `resume`", output)
+    assert re.search(r"got an error: \S*cut/config.yaml is missing or damaged \(.*; delete", output)
     assert "Traceback" not in output
 
 
@@ -452,7 +457,7 @@ def test_a_damaged_dense_cache_is_named_and_made_anew(starts):
     base, ends = starts
     assert ends["dense"][0] == ends["dense, damaged"][0] == 0
     assert (
-        "is damaged (its contents do not have their digest); trained anew"
+        "is damaged (its contents do not match their digest); training it again"
         in ends["dense, damaged"][1]
     )
     assert "from the cache" not in ends["dense, damaged"][1]
@@ -465,7 +470,7 @@ def test_a_damaged_dense_cache_is_named_and_made_anew(starts):
 def test_a_truncated_checkpoint_is_refused(starts):
     status, output = starts[1]["truncated"]
     assert status == 1
-    assert "dense.ckpt' is expected to be a whole file" in output
+    assert "dense.ckpt', which is truncated or damaged" in output
     assert "delete it" in output
     assert "Traceback" not in output
 
@@ -473,7 +478,7 @@ def test_a_truncated_checkpoint_is_refused(starts):
 def test_a_folder_that_another_run_is_writing_to_is_refused(starts):
     status, output = starts[1]["in use"]
     assert status == 1
-    assert "`hydra.run.dir` is expected to be used by one run at a time" in output
+    assert "`hydra.run.dir` must be used by one run at a time, got" in output
 
 
 def test_the_jobs_of_a_sweep_resume_in_their_folders(starts):
@@ -481,7 +486,7 @@ def test_the_jobs_of_a_sweep_resume_in_their_folders(starts):
     assert ends["sweep"][0] == -signal.SIGKILL
     status, output = ends["sweep again"]
     assert status == 0, output
-    assert output.count("Finished already") == output.count("Resuming the run in") == 1
+    assert output.count("Already finished") == output.count("Resuming the run in") == 1
     targets = [
         json.loads((base / "sweep" / "sweep" / job / "report.json").read_text())["target"]
         for job in ("0", "1")
@@ -492,4 +497,4 @@ def test_the_jobs_of_a_sweep_resume_in_their_folders(starts):
 def test_a_sweep_is_resumed_only_in_a_given_folder(starts):
     status, output = starts[1]["sweep without its folder"]
     assert status == 1
-    assert "`hydra.sweep.dir` is expected" in output
+    assert "`hydra.sweep.dir` must be set to resume a sweep" in output

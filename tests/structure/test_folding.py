@@ -152,5 +152,5 @@ def test_refuses_a_whole_checkpoint_and_a_mask_of_another_shape(pruned):
     with pytest.raises(ValueError, match=r"give checkpoint\['state_dict'\]"):
         fold({"epoch": 3, "state_dict": pruned.state_dict()})
     state = pruned.state_dict() | {"conv.weight_mask": torch.ones(3)}
-    with pytest.raises(ValueError, match=r"'conv\.weight' they are \(3,\) and \(4, 1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"got \(3,\) for 'conv\.weight' of shape \(4, 1, 3, 3\)"):
         fold(state)

@@ -119,7 +119,7 @@ def test_a_model_is_left_as_it_was(name):
 def test_a_model_is_left_as_it_was_by_an_error_too():
     model = Busy()
     before = state(model)
-    with pytest.raises(ValueError, match=r"`example_input` must be what Busy takes, got Runt.*3x5"):
+    with pytest.raises(ValueError, match=r"`example_input` must be a valid input of Busy, .*3x5"):
         sparsity_report(model, torch.zeros(3, 5))
     assert state(model) == before
 
@@ -144,7 +144,7 @@ def test_buffers_of_any_kind_may_be_there():
 @pytest.mark.parametrize("name", RUNS)
 def test_lazy_layers_are_refused_and_stay_lazy(name):
     model = nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 2))
-    ours = r"`model` must have all its parameters, got lazy .*: 0;"
+    ours = r"`model` must have initialized parameters, got .* lazy layers: 0;"
     with pytest.raises(ValueError, match=f"{ours}|LazyModule"):  # PyTorch says it as well
         RUNS[name](model, EXAMPLE)
     assert isinstance(model[0], nn.LazyLinear)
@@ -230,7 +230,7 @@ def test_a_graph_takes_the_arguments_of_the_example(tmp_path):
     torch.save(small, tmp_path / "small.pt")
     for graph in (small, torch.load(tmp_path / "small.pt", weights_only=False)):
         torch.testing.assert_close(graph(**example), model(**example))
-        with pytest.raises(AssertionError, match=r"an argument is expected to be 2\.0"):
+        with pytest.raises(AssertionError, match=r"an argument must be 2\.0"):
             graph(**example | {"scale": 3.0})
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(4, 2))
     small = shrink(model, (torch.randn(1, 2, 1, 1),), fixed_size=True)
@@ -249,10 +249,10 @@ def test_several_inputs_are_exported(name, tmp_path):
     other = tree_map(lambda x: x[:2] if isinstance(x, torch.Tensor) else x, example)
     expected = called(model, other)
     torch.testing.assert_close(run(*tensors_in(other)), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"`batch` is expected to be .* and .*, but .* came"):
+    with pytest.raises(ValueError, match=r"`batch` must be .* and .*, got torch.float32 of shape"):
         run(ONE)
     with pytest.raises(
-        ValueError, match=r"in all of its tensors as many, got .*\(3, 4\), \(1, 4\)"
+        ValueError, match=r"same batch size in all tensors, got .*\(3, 4\), \(1, 4\)"
     ):
         export_onnx(model, (ONE, TWO[:1]), tmp_path / "other.onnx")
 

@@ -8,6 +8,7 @@ import re
 import warnings
 import weakref
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import lightning as L
@@ -33,6 +34,8 @@ from two_layers import Points, TwoLayers
 
 from pruneflow import (
     Compounding,
+    Costs,
+    Epochs,
     InPlace,
     Linear,
     OneShot,
@@ -40,6 +43,8 @@ from pruneflow import (
     Random,
     Reparametrize,
     SparsityCheckpoint,
+    Steps,
+    lamp,
     sparsity,
 )
 from pruneflow.training.checkpoint_io import AtomicCheckpointIO
@@ -325,7 +330,8 @@ def test_several_callbacks_prune_different_tensors(model, batches, trainer, tmp_
             PruningCallback(OneShot(0.5)),
             PruningCallback(OneShot(0.4), include=["*.weight"]),
         )
-        with pytest.raises(ValueError, match=r"different tensors, but two select body\.weight"):
+        both = r"different tensors .* got body\.weight, head\.weight in two"
+        with pytest.raises(ValueError, match=both):
             trainer(*overlapping).fit(new, batches)
 
 
@@ -339,7 +345,9 @@ def test_goes_on_from_zeros(model, batches, trainer):
     assert int((model.body.weight[zeros] != 0).sum()) == 0
     assert sparsity(model) == 0.9
     assert not model.head.weight.any()
-    with pytest.raises(ValueError, match=r"start from the sparsity 0\.9 that the model has"):
+    with pytest.raises(
+        ValueError, match=r"the present sparsity of the model, 0\.9, got 0\.6 in round 1"
+    ):
         trainer(PruningCallback([0.6, 0.95], from_zeros="all")).fit(model, batches)
     with pytest.raises(ValueError, match="must be True, False or 'all', got 'some'"):
         PruningCallback(None, from_zeros="some")
@@ -508,15 +516,21 @@ def test_refuses_to_resume_another_method(model, batches, trainer, tmp_path):
     path = tmp_path / "one.ckpt"
     fit.save_checkpoint(path)
     for other, difference in (
-        (PruningCallback(OneShot(0.9), importance=Random(3)), r"Random\(seed=3\).*magnitude"),
-        (PruningCallback(OneShot(0.9), scope="layer"), r"'scope': 'layer'.*'scope': 'global'"),
+        (
+            PruningCallback(OneShot(0.9), importance=Random(3)),
+            r"Random\(seed=3.*, got .*magnitude",
+        ),
+        (
+            PruningCallback(OneShot(0.9), scope="layer"),
+            r"'scope': 'layer'.*, got .*'global'",
+        ),
     ):
         with pytest.raises(ValueError, match=difference):
             trainer(other, max_epochs=2).fit(type(model)(), batches, ckpt_path=path)
     other = trainer(PruningCallback(OneShot(0.9), exclude=["head.*"]), max_epochs=2)
     with (
         pytest.warns(UserWarning, match="callbacks used to create the checkpoint"),
-        pytest.raises(ValueError, match=r"head.*but holds 'PruningCallback'"),
+        pytest.raises(ValueError, match=r"head.*got that of 'PruningCallback'"),
     ):
         other.fit(type(model)(), batches, ckpt_path=path)
 
@@ -526,12 +540,12 @@ def test_refuses_to_resume_another_plan_or_version(model, batches, trainer, tmp_
     fit.fit(model, batches)
     path = tmp_path / "two.ckpt"
     fit.save_checkpoint(path)
-    with pytest.raises(ValueError, match=r"0\.45 at epoch 0.*those of this training 0\.3 at"):
+    with pytest.raises(ValueError, match=r"rounds at 0\.3 at .*, got rounds at 0\.45 at epoch 0"):
         trainer(PruningCallback(Linear(0.9, 3))).fit(type(model)(), batches, ckpt_path=path)
     checkpoint = torch.load(path)
     next(iter(checkpoint["callbacks"].values()))["version"] = 99
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="version 4, but 99 came"):
+    with pytest.raises(ValueError, match="version 5, got version 99"):
         trainer(PruningCallback(Linear(0.9, 2))).fit(type(model)(), batches, ckpt_path=path)
 
 
@@ -554,7 +568,7 @@ def of_mask(key, value):
             (without(key), f"no `{key}`")
             for key in ("round", "method", "plan", "costs", "masks", "names", "learning_rate")
         ),
-        (lambda state: state.clear(), "version 4, but None"),
+        (lambda state: state.clear(), "version 5, got version None"),
         (of("round", 99), "round 99 of a plan of 2 rounds"),
         (of("round", -1), "-1 for `round`"),
         (of("round", 1.0), "1.0 for `round`"),
@@ -590,7 +604,7 @@ def of_mask(key, value):
         (of("names", "body.weight"), "for `names`"),
         (of("method", "magnitude"), "for `method`"),
         (of("costs", {"body.weight": "1"}), "for `costs`"),
-        (of("learning_rate", None), "no learning rate to go back to at round 1"),
+        (of("learning_rate", None), "no learning rate to rewind to at round 1"),
         (of("learning_rate", {"groups": []}), "for `learning_rate`"),
         (of("learning_rate", {"groups": [{}], "schedulers": []}), "for `learning_rate`"),
     ],
@@ -700,7 +714,7 @@ def test_weights_that_others_put_back_are_pruned_too(
         warnings.simplefilter("always")
         last.fit(model, batches)
     assert sparsity(model) == pytest.approx(pruning.sparsity) == pytest.approx(0.8, abs=0.01)
-    said = sum("put back after training" in str(warning.message) for warning in caught)
+    said = sum("were changed after training" in str(warning.message) for warning in caught)
     assert said == (moment == "on_fit_end" or (moment == "on_train_end" and order == -1))
     state = torch.load(saving.best_model_path, weights_only=True)["state_dict"]
     model.load_state_dict(state)
@@ -741,7 +755,7 @@ def test_an_exception_is_not_hidden_by_a_failing_remove(model, batches, trainer)
 
 def test_weights_that_are_not_finite_stop_the_training_by_name(model, batches, trainer):
     model.head.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"NaN or infinity is in 'head\.weight'"):
+    with pytest.raises(ValueError, match=r"got NaN or infinity in head\.weight;"):
         trainer(PruningCallback(OneShot(0.9))).fit(model, batches)
     assert sparsity(model) == 0
 
@@ -792,16 +806,19 @@ def test_a_plain_checkpoint_loads_into_the_plain_model(model, batches, trainer, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(schedule=3), "`schedule` is expected to be a schedule"),
-        (dict(schedule=0, importance=prune.L1Unstructured(0.5)), "expected to be at least 1"),
+        (dict(schedule=3), "`schedule` must be a schedule"),
+        (
+            dict(schedule=0, importance=prune.L1Unstructured(0.5)),
+            "must be a whole number of at least 1",
+        ),
         (
             dict(schedule=OneShot(0.5), importance=prune.L1Unstructured(0.5)),
-            "`schedule` is expected to be the number of rounds",
+            "`schedule` must be the number of rounds",
         ),
-        (dict(schedule=OneShot(0.5), start_epoch=1, start_step=3), "one pair at a time"),
+        (dict(schedule=OneShot(0.5), start_epoch=1, start_step=3), "count either epochs or steps"),
         (dict(schedule=OneShot(0.5), epochs_per_round=0), "`epochs_per_round`"),
-        (dict(schedule=OneShot(0.5), rewind="weights"), "`rewind` is expected to be"),
-        (dict(schedule=[0.5, 1.5]), r"`sparsities` is expected to be a number in \[0, 1\)"),
+        (dict(schedule=OneShot(0.5), rewind="weights"), "`rewind` must be"),
+        (dict(schedule=[0.5, 1.5]), r"`sparsities` must be a number in \[0, 1\)"),
     ],
 )
 def test_bad_arguments_fail_at_construction(arguments, message):
@@ -814,7 +831,7 @@ def test_refuses_strategies_that_flatten_parameters(model, batches, trainer):
     fit = trainer(pruning)
     # Lightning lets it run on a GPU only.
     fit._accelerator_connector.strategy = FSDPStrategy.__new__(FSDPStrategy)
-    with pytest.raises(ValueError, match=r"FSDPStrategy flattens.*ModelParallelStrategy"):
+    with pytest.raises(ValueError, match=r"FSDPStrategy, which flattens.*ModelParallelStrategy"):
         pruning.on_fit_start(fit, model)
 
 
@@ -866,6 +883,39 @@ def test_ends_with_exact_zeros_whatever_moved_the_weights_last(model, batches, t
     assert sparsity(model) == 0.9
 
 
+class SaveEach(L.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}.ckpt")
+
+
+def sharpened(name, tensor, context, power):
+    return tensor.abs() ** power
+
+
+@dataclass(frozen=True)
+class Sharpened:
+    """An importance with a setting."""
+
+    power: float
+
+    def __call__(self, name, tensor, context):
+        return sharpened(name, tensor, context, self.power)
+
+
+class Plain:
+    """The same without a `repr` of its own."""
+
+    def __init__(self, power):
+        self.power = power
+        self._cache = object()
+
+    def __call__(self, name, tensor, context):
+        return sharpened(name, tensor, context, self.power)
+
+
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
@@ -879,6 +929,16 @@ def test_ends_with_exact_zeros_whatever_moved_the_weights_last(model, batches, t
             dict(importance=partial(prune.LnStructured, n=1, dim=0), scope="layer"),
             dict(importance=partial(prune.LnStructured, n=1, dim=1), scope="layer"),
         ),
+        (dict(importance=Sharpened(2.0)), dict(importance=Sharpened(3.0))),
+        (dict(importance=Plain(2.0)), dict(importance=Plain(3.0))),
+        (
+            dict(importance=lamp(partial(sharpened, power=2.0))),
+            dict(importance=lamp(partial(sharpened, power=3.0))),
+        ),
+        (
+            dict(costs=Costs({"body.weight": 2.0, "head.weight": 1.0})),
+            dict(costs=Costs({"body.weight": 2.0, "head.weight": 1.0}, power=0.5)),
+        ),
     ],
 )
 def test_refuses_to_resume_with_other_settings_of_a_method(
@@ -888,8 +948,63 @@ def test_refuses_to_resume_with_other_settings_of_a_method(
     fit.fit(model, batches)
     fit.save_checkpoint(tmp_path / "three.ckpt")
     other = PruningCallback(**(dict(schedule=[0.3, 0.6, 0.9]) | resumed))
-    with pytest.raises(ValueError, match="expected to come from the same method"):
+    with pytest.raises(ValueError, match="must have the same method"):
         trainer(other).fit(type(model)(), batches, ckpt_path=tmp_path / "three.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        (
+            dict(importance="magnitude", scope="global", granularity="None", costs="None"),
+            dict(),
+        ),
+        (
+            dict(importance="Sharpened", scope="layer", granularity="None", costs="None"),
+            dict(importance=Sharpened(2.0), scope="layer"),
+        ),
+        (
+            dict(importance="magnitude", scope="global", granularity="None")
+            | dict(costs="{'body.weight': 2.0, 'head.weight': 1.0}"),
+            dict(costs={"body.weight": 2, "head.weight": 1}),
+        ),
+        (
+            dict(importance="L1Unstructured(amount=0.5)", scope="global", granularity="None")
+            | dict(costs="None"),
+            dict(schedule=3, importance=prune.L1Unstructured(0.5)),
+        ),
+    ],
+    ids=["magnitude", "an object", "costs", "a method of torch"],
+)
+def test_a_state_of_the_version_before_goes_on(model, batches, trainer, tmp_path, old, now):
+    arguments = dict(schedule=[0.3, 0.6, 0.9]) | now
+    fit = trainer(PruningCallback(**arguments), SaveEach(tmp_path), max_epochs=3)
+    fit.fit(model, batches)
+    checkpoint = torch.load(tmp_path / "1.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["PruningCallback"]
+    state |= {"version": 4, "method": old | {"rewind": "None"}}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    resumed = PruningCallback(**arguments)
+    again = type(model)()
+    trainer(resumed, max_epochs=3).fit(again, batches, ckpt_path=tmp_path / "old.ckpt")
+    assert resumed.round == 3
+    assert torch.equal(again.body.weight, model.body.weight)
+    other = PruningCallback(**(arguments | dict(importance=Random(0), schedule=[0.3, 0.6, 0.9])))
+    with pytest.raises(ValueError, match=r"must have the same (plan|method)"):
+        trainer(other, max_epochs=3).fit(type(model)(), batches, ckpt_path=tmp_path / "old.ckpt")
+
+
+def test_clocks_say_the_same_as_the_flat_arguments():
+    assert PruningCallback([0.5], clock=Epochs(10, every=5)).clock.every == 5
+    flat = PruningCallback([0.5, 0.9], start_step=100, steps_per_round=10)
+    assert flat.clock == Steps(100, every=10)
+    assert PruningCallback([0.5, 0.9]).clock == Epochs()
+    with pytest.raises(ValueError, match="`clock` must be given alone"):
+        PruningCallback([0.5], clock=Epochs(1), start_epoch=1)
+    with pytest.raises(TypeError, match="`clock` must be a clock, got 5"):
+        PruningCallback([0.5], clock=5)
+    with pytest.raises(ValueError, match="`epochs_per_round`"):
+        Epochs(0, every=0)
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")

@@ -12,7 +12,7 @@ from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.plan import Clock, Plan
 from pruneflow.training.checkpoint import SparsityCheckpoint
 from pruneflow.training.checkpoint_io import AtomicCheckpointIO
-from pruneflow.training.checks import denser_choices
+from pruneflow.training.checks import callback_warnings
 
 # Lightning says so whenever a training goes on in the folder of its checkpoints.
 same_folder = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -247,7 +247,7 @@ def test_a_state_that_is_not_whole_is_refused_by_name(fit):
         if key.startswith("SparsityCheckpoint"):
             del state["best_of_rounds"]
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="must be whole, got no `best_of_rounds`"):
+    with pytest.raises(ValueError, match=r"must hold the whole state .*, got no `best_of_rounds`"):
         fit(by_epoch(), module=Measured(), ckpt_path=path)
 
 
@@ -278,11 +278,14 @@ def test_a_slash_in_the_name_of_the_metric_makes_no_folder(trainer, batches, tmp
     [
         (
             dict(save_top_k=3),
-            "`save_top_k` is expected to be left out of SparsityCheckpoint, since",
+            "`save_top_k` must be left out of SparsityCheckpoint, as it .*, got 3",
         ),
-        (dict(save_on_train_epoch_end=True), "when the validation that measured them ends"),
+        (
+            dict(save_on_train_epoch_end=True),
+            "as it saves weights right after their validation",
+        ),
         (dict(every_n_epochs=2, save_on_exception=True), r"`every_n_epochs`.*\n`save_on_exception"),
-        (dict(monitor=None), "`monitor` is expected to be the name of a metric"),
+        (dict(monitor=None), "`monitor` must be the name of a metric .* got None"),
     ],
 )
 def test_options_without_meaning_are_refused(options, message):
@@ -291,15 +294,15 @@ def test_options_without_meaning_are_refused(options, message):
 
 
 def test_a_fit_that_measures_nothing_of_rounds_is_refused(fit):
-    with pytest.raises(ValueError, match="beside a PruningCallback, but the Trainer has none"):
+    with pytest.raises(ValueError, match=r"`callbacks` must contain a PruningCallback .* got none"):
         fit()
-    with pytest.raises(ValueError, match="'val_loss' came and the training has no validation"):
+    with pytest.raises(ValueError, match=r"`monitor` must be .* got 'val_loss' without validation"):
         fit(by_epoch(), limit_val_batches=0)
 
 
 @pytest.mark.parametrize("monitor", ["train_loss", "val_los"])
 def test_a_metric_that_validation_does_not_log_is_refused(fit, monitor):
-    with pytest.raises(ValueError, match=f"this one did not log '{monitor}'"):
+    with pytest.raises(ValueError, match=f"`monitor` .* got '{monitor}', which was not logged"):
         fit(by_epoch(), monitor=monitor)
 
 
@@ -327,7 +330,7 @@ def test_a_metric_that_validation_does_not_log_is_refused(fit, monitor):
 )
 def test_says_which_callbacks_may_choose_a_denser_model(trainer, callback, kwargs, remedy):
     plan = Plan.lay([0.5, 0.8], Clock(start=2, every=3))
-    messages = denser_choices(trainer(callback, enable_checkpointing=True, **kwargs), plan)
+    messages = callback_warnings(trainer(callback, enable_checkpointing=True, **kwargs), plan)
     assert len(messages) == (remedy is not None)
     assert all(re.search(f"{type(callback).__name__}.*{remedy}", text) for text in messages)
 
@@ -335,11 +338,11 @@ def test_says_which_callbacks_may_choose_a_denser_model(trainer, callback, kwarg
 def test_nothing_is_denser_where_all_is_pruned_at_once_or_for_a_trial(trainer):
     callbacks = [EarlyStopping("a", patience=0), ModelCheckpoint(monitor="a")]
     settings = {"enable_checkpointing": True}
-    assert len(denser_choices(trainer(*callbacks, **settings), Plan.lay([0.5, 0.8]))) == 2
-    assert denser_choices(trainer(*callbacks, **settings), Plan.lay([0.8])) == []
-    assert denser_choices(trainer(*callbacks, **settings), Plan.lay(None)) == []
+    assert len(callback_warnings(trainer(*callbacks, **settings), Plan.lay([0.5, 0.8]))) == 2
+    assert callback_warnings(trainer(*callbacks, **settings), Plan.lay([0.8])) == []
+    assert callback_warnings(trainer(*callbacks, **settings), Plan.lay(None)) == []
     trial = trainer(*callbacks, fast_dev_run=True, **settings)
-    assert denser_choices(trial, Plan.lay([0.5, 0.8])) == []
+    assert callback_warnings(trial, Plan.lay([0.5, 0.8])) == []
 
 
 @pytest.mark.parametrize(
@@ -356,9 +359,9 @@ def test_the_advice_leads_to_the_end_of_the_last_rounds_fine_tuning(
     trainer, sparsities, length, end
 ):
     plan = Plan.lay(sparsities, Clock(start=2, every=3), length)
-    (message,) = denser_choices(trainer(EarlyStopping("a", patience=0)), plan)
+    (message,) = callback_warnings(trainer(EarlyStopping("a", patience=0)), plan)
     assert message.endswith(f"set Trainer(min_epochs={end})")
-    assert denser_choices(trainer(EarlyStopping("a", patience=0), min_epochs=end), plan) == []
+    assert callback_warnings(trainer(EarlyStopping("a", patience=0), min_epochs=end), plan) == []
 
 
 @pytest.mark.parametrize(("minimum", "patience"), [({}, 7), ({"min_epochs": 8}, 1)])
@@ -370,7 +373,7 @@ def test_early_stopping_of_which_nothing_is_said_waits_for_the_last_round(
     stopping = EarlyStopping("val_loss", min_delta=100.0, patience=patience)
     once = trainer(pruning, stopping, max_epochs=20, **minimum)
     once.fit(model, batches)
-    assert denser_choices(once, pruning.plan) == []
+    assert callback_warnings(once, pruning.plan) == []
     assert (once.current_epoch, pruning.round) == (8, 2)
 
 
@@ -378,7 +381,7 @@ def test_early_stopping_stops_by_steps_too(trainer):
     plan = Plan.lay([0.5, 0.8], Clock(start=2, every=3, unit="step"))
     for steps, said in ((None, 1), (7, 1), (8, 0)):
         assert (
-            len(denser_choices(trainer(EarlyStopping("a", patience=99), min_steps=steps), plan))
+            len(callback_warnings(trainer(EarlyStopping("a", patience=99), min_steps=steps), plan))
             == said
         )
 
@@ -507,7 +510,7 @@ def test_weights_that_come_back_after_training_are_warned_of(fit):
             optimizer.eval = optimizer.swap
             return optimizer
 
-    with pytest.warns(UserWarning, match=r"'keep' lets the `eval\(\)` of Swapping bring"):
+    with pytest.warns(UserWarning, match=r"'keep', `eval\(\)` of Swapping can restore"):
         fit(by_epoch(optimizer_state="keep"), module=WithEval(), max_epochs=5)
     fit(by_epoch(), module=WithEval(), max_epochs=5)
 
@@ -529,6 +532,6 @@ def test_a_long_name_of_a_metric_is_cut_short(trainer, batches, tmp_path, name):
 
 def test_names_that_no_file_system_takes_are_refused():
     for filename in ("a" * 231, "{epoch}-" + "b" * 230, "folder/" + "\u00e4" * 120):
-        with pytest.raises(ValueError, match="`filename` must make names of at most 230 bytes"):
+        with pytest.raises(ValueError, match="`filename` must give names of at most 230 bytes"):
             SparsityCheckpoint(monitor="val_loss", filename=filename)
     SparsityCheckpoint(monitor="val_loss", filename="a" * 200 + "/" + "b" * 200 + "-{val_loss:.2f}")

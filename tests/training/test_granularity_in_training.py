@@ -136,7 +136,7 @@ def test_names_the_layer_that_reads_the_channels_of_another_callback(model, batc
 
     with pytest.raises(
         ValueError,
-        match=r"held by what another prunes, head\.weight \(those of body\.3\.weight\); `exclude`",
+        match=r"share no channels .* got head\.weight \(coupled with body\.3\.weight\); `exclude`",
     ):
         trainer(*callbacks("body.*")).fit(model, batches)
     pair = callbacks("body.0.weight")  # that is, body.3.weight excluded
@@ -148,7 +148,7 @@ def test_says_what_a_module_needs_for_channels_and_costs(model, batches, trainer
     model.example_input_array = None
     for way in ({"granularity": Channels()}, {"costs": multiply_adds}):
         with pytest.raises(
-            ValueError, match=r"`example_input_array` of TwoLayers .* NoneType came"
+            ValueError, match=r"`example_input_array` must be .* got NoneType in TwoLayers"
         ):
             trainer(PruningCallback(Linear(0.5, 2), **way)).fit(model, batches)
 
@@ -162,11 +162,11 @@ def test_a_module_may_have_its_example_as_arguments(model, batches, trainer, exa
 
 
 def test_what_a_granularity_cannot_do_is_refused_before_training(model, batches, trainer):
-    with pytest.raises(ValueError, match=r"at most 0\.5 with NM\(n=2, m=4\), but 0\.9 came"):
+    with pytest.raises(ValueError, match=r"at most 0\.5 with NM\(n=2, m=4\), got 0.9"):
         trainer(PruningCallback(Linear(0.9, 2), granularity=NM(2, 4), start_epoch=4)).fit(
             model, batches
         )
-    with pytest.raises(ValueError, match=r"a multiple of 3 inputs.*body\.0\.weight \(48, 20\)"):
+    with pytest.raises(ValueError, match=r"groups of 3 inputs, got body\.0\.weight \(48, 20\)"):
         trainer(PruningCallback(Linear(0.1, 2), granularity=NM(2, 3), start_epoch=4)).fit(
             model, batches
         )

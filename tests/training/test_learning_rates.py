@@ -57,7 +57,7 @@ def said(trainer, batches):
 )
 def test_is_said_once_of_the_first_round_that_suffers(said, schedule, interval, round):
     (message,) = said(Scheduled(schedule, interval))
-    assert message.startswith(f"Round {round} of 4 prunes 43.8 % of the remaining weights when")
+    assert message.startswith(f"Round {round} of 4 prunes 43.8 % of the remaining weights at")
     assert 'use rewind="learning_rate"' in message
 
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from pruneflow.pruning.optimizers import settle_optimizer_state
+from pruneflow.pruning.optimizers import mask_optimizer_state
 from pruneflow.training.rewinding import LearningRateSnapshot
 
 
@@ -161,7 +161,7 @@ def test_groups_that_came_later_go_back_to_where_they_came(make, keep):
     if isinstance(scheduler, LambdaLR):  # as PyTorch wants it
         scheduler.base_lrs.append(0.8)
         scheduler.lr_lambdas.append(lambda epoch: 0.5 ** (epoch - 3))
-    snapshot.follow([optimizer], [scheduler])
+    snapshot.update([optimizer], [scheduler])
     step(optimizer, scheduler)
     assert rates(optimizer)[3] <= 0.8
     snapshot = keep(snapshot)
@@ -184,7 +184,7 @@ def test_groups_that_are_gone_are_forgotten(make, keep):
     for per_group in (optimizer.param_groups, *map(vars(scheduler).get, PER_GROUP)):
         if per_group is not None:
             del per_group[0]
-    snapshot.follow([optimizer], [scheduler])
+    snapshot.update([optimizer], [scheduler])
     snapshot = keep(snapshot)
     snapshot.restore([optimizer], [scheduler])
     assert rates(optimizer) == [2, 3]
@@ -202,7 +202,7 @@ def test_optimizers_and_schedulers_that_came_later_go_back_to_where_they_came():
     for group in second.param_groups:
         group["lr"] = 0.7
     optimizers, schedulers = [second, first], [halving(second), halving(first)]
-    snapshot.follow(optimizers, schedulers)
+    snapshot.update(optimizers, schedulers)
     for pair in zip(optimizers, schedulers, strict=True):
         step(*pair)
     snapshot.restore(optimizers, schedulers)
@@ -269,9 +269,7 @@ def test_moments_of_pruned_weights_are_zeroed_and_others_kept():
     weight.grad = other.grad = torch.tensor([1.0, 2.0, 3.0])
     optimizer.step()
     before = optimizer.state[weight]["exp_avg"].clone()
-    settle_optimizer_state(
-        "zero_pruned", [optimizer], [(weight, torch.tensor([True, False, True]))]
-    )
+    mask_optimizer_state("zero_pruned", [optimizer], [(weight, torch.tensor([True, False, True]))])
     state = optimizer.state[weight]
     assert state["exp_avg"].tolist() == [before[0], 0, before[2]]
     assert state["exp_avg_sq"][1] == 0

@@ -1,10 +1,9 @@
-"""Unit: what is removed together, if not each weight: N of M, blocks or whole channels."""
+"""Granularities: single weights, N:M groups, blocks and channels."""
 
 from pruneflow.pruning.granularity.blocks import Block
 from pruneflow.pruning.granularity.channels import Channels
 from pruneflow.pruning.granularity.nm import NM
+from pruneflow.pruning.granularity.units import Granularity
+from pruneflow.pruning.granularity.weights import Weights
 
-Granularity = NM | Block | Channels
-"""Groups of weights that stay or go together, and which of them go."""
-
-__all__ = ["NM", "Block", "Channels", "Granularity"]
+__all__ = ["NM", "Block", "Channels", "Granularity", "Weights"]

@@ -8,22 +8,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruneflow.pruning.granularity.units import Units
+from pruneflow.errors import expect
+from pruneflow.pruning.distribution import Groups
+from pruneflow.pruning.granularity.units import (
+    Competition,
+    Granularity,
+    check_not_sharded,
+    unit_masks,
+)
 from pruneflow.pruning.schedules import whole_number
+from pruneflow.structure.costs import Costs
 
 
 @dataclass(frozen=True)
-class Block:
-    """Keep or remove blocks of a weight seen as a matrix, outputs x everything else.
+class Block(Granularity):
+    """Block pruning: keep or prune blocks of each weight as a matrix, outputs x everything else.
 
-    Rounds remove the blocks with the lowest mean score, as few as reach the target. As with single
-    weights, nothing keeps the last one: a tensor with low scores may lose all of them to a high
-    target, and with scope `"layer"` one that is a single block goes at any target. The report names
-    what nothing is left of; `exclude` such tensors, or take smaller blocks.
+    A round prunes the fewest blocks, by mean score, that reach the target. As with single weights,
+    all blocks of a tensor may be pruned: those of a tensor with low scores at a high target, or the
+    only block of a tensor at any target with scope `"layer"`. The report lists such tensors;
+    `exclude` them, or use smaller blocks.
 
     Args:
-        rows: Rows of a block; at the edges of a matrix blocks may be smaller.
-        columns: Columns of a block; None for whole rows, which are filters.
+        rows: Rows of a block; blocks at the edges of a matrix may be smaller.
+        columns: Columns of a block; None for whole rows, i.e. filters.
 
     Raises:
         ValueError: If a size is less than 1.
@@ -41,26 +49,41 @@ class Block:
 
     def __post_init__(self) -> None:
         rows, columns = whole_number(self.rows), whole_number(self.columns)
-        if (rows or 0) < 1 or (self.columns is not None and (columns or 0) < 1):
-            raise ValueError(
-                f"`rows` and `columns` must be whole numbers of at least 1, got {self}; give "
-                "columns=None for whole rows"
-            )
+        expect(
+            (rows or 0) >= 1 and (self.columns is None or (columns or 0) >= 1),
+            "rows` and `columns",
+            "be whole numbers of at least 1",
+            self,
+            "give columns=None for whole rows",
+        )
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "columns", columns)
 
-    def units(self, shapes: Mapping[str, torch.Size]) -> Units:
-        """The blocks of tensors of these shapes."""
-        return Blocks(self.rows, self.columns, shapes)
+    def check(self, tensors: Mapping[str, Tensor], groups: Groups, costs: Costs) -> None:
+        """Check that no tensor is sharded.
+
+        Raises:
+            ValueError: Names the granularity.
+        """
+        check_not_sharded(self, tensors)
+
+    def masks(self, competition: Competition) -> dict[str, Tensor]:
+        """The masks of the tensors."""
+        masks: dict[str, Tensor] = {}
+        for names, sparsity in competition.groups:
+            shapes = {name: competition.tensors[name].shape for name in names}
+            blocks = _Blocks(self.rows, self.columns, shapes)
+            masks |= unit_masks(blocks, competition, names, sparsity)
+        return {name: masks[name] for name in competition.tensors}
 
 
-class Blocks:
-    """The blocks of some tensors.
+class _Blocks:
+    """The blocks of the tensors of a group.
 
     Args:
-        rows: Of a block.
-        columns: Of a block; None for whole rows.
-        shapes: Of the tensors.
+        rows: Rows of a block.
+        columns: Columns of a block; None for whole rows.
+        shapes: Shapes of the tensors.
     """
 
     relative = False
@@ -79,23 +102,19 @@ class Blocks:
         self._count = count
 
     def sums(self, entries: Callable[[str], Tensor]) -> Tensor:
-        """Per block the sum over its weights."""
+        """Sum over the weights of each block."""
         sums = torch.zeros(self._count, dtype=torch.float64)
         for name, block in self._block.items():
             values = entries(name).to("cpu", torch.float64)
             sums.index_add_(0, block.flatten(), values.flatten())
         return sums
 
-    def order(self, scores: Tensor, scope: object) -> Tensor:
-        """Lowest score first."""
-        return scores.argsort(stable=True)
-
     def kept(self, order: Tensor, count: int) -> Tensor:
-        """All but the first `count`."""
+        """All blocks but the first `count`."""
         kept = torch.ones(self._count, dtype=torch.bool)
         kept[order[:count]] = False
         return kept
 
-    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+    def to_masks(self, kept: Tensor) -> dict[str, Tensor]:
         """The masks of all tensors."""
         return {name: kept[self._block[name]].reshape(s) for name, s in self._shapes.items()}

@@ -1,4 +1,4 @@
-"""Whole channels, with all that writes and reads them."""
+"""Whole channels, with everything that computes and reads them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,44 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from pruneflow.pruning.granularity.units import Units, cost_of, too_much
+from pruneflow.errors import expect
+from pruneflow.pruning.distribution import Groups
+from pruneflow.pruning.granularity.units import (
+    Competition,
+    Granularity,
+    check_not_sharded,
+    lowest_first,
+    pruned_cost,
+    target_cost,
+    too_sparse,
+    total_cost,
+    unit_masks,
+)
 from pruneflow.structure.channels.coupling import Coupling, find_coupling
 from pruneflow.structure.channels.flow import LANES
+from pruneflow.structure.costs import Costs
 from pruneflow.structure.parameters import locate, named_modules
 from pruneflow.structure.running import Example
 
 
 @dataclass(frozen=True, eq=False)
-class Channels:
-    """Keep or remove whole channels, with all that belongs to them, so that they can be cut out.
+class Channels(Granularity):
+    """Structured pruning: keep or prune whole channels, which `deploy.shrink` can then remove.
 
-    A channel is the filters that write it (several where a residual sum adds them up), what batch
-    norm does with it, and the weights that read it. Its score is the mean over all those weights,
-    of convolutions and Linear, relative to the mean of their tensor: layers differ in scale. Rounds
-    remove the channels with the lowest scores, as few as reach the target: the fraction of the
-    weights (or of their cost) that is gone. Every layer keeps one channel, and where it keeps more
-    than 16 of a multiple of 16, a multiple of 16, as `deploy.shrink` does. With scope `"layer"` all
-    layers lose the same fraction of channels.
+    A channel includes the filters that compute it (several if a residual connection adds them), its
+    batch norm parameters and the weights that read it. Its score is the mean score of its weights
+    in convolutions and Linear layers, relative to the mean of their tensor, as layers differ in
+    scale. A round prunes the fewest channels, by score, that reach the target, a fraction of the
+    weights (or of their cost). Every layer keeps at least one channel. A layer whose number of
+    channels is a multiple of 16 keeps a multiple of 16 or fewer than 16, as `deploy.shrink` does.
+    With scope `"layer"`, all layers lose the same fraction of their channels.
 
-    What writes to layers that look at all channels, such as LayerNorm or attention, stays whole, as
-    do the outputs of layers that are excluded; an excluded layer that reads a channel which is
-    removed no longer does.
+    Layers that feed a layer which mixes all channels, such as LayerNorm or attention, keep all
+    channels, and so do excluded layers; but excluded layers lose the inputs that are pruned.
 
     Args:
-        example_input: What the model takes, to follow the channels through its forward pass: a
-            tensor, a tuple of positional arguments or a dict of keyword arguments. None for the
+        example_input: An input batch, to trace the channels through the forward pass: a tensor, a
+            tuple of positional arguments or a dict of keyword arguments. None for the
             `example_input_array` of a LightningModule.
 
     Example:
@@ -51,29 +63,39 @@ class Channels:
 
     example_input: Example | None = field(default=None, repr=False)
 
-    def couple(self, model: nn.Module, names: Collection[str]) -> CoupledChannels:
-        """Find the channels of a model that the pruning of some of its weights can remove.
+    @property
+    def needs_example(self) -> bool:
+        """Whether `bind` needs an example input."""
+        return self.example_input is None
+
+    def bind(
+        self, model: nn.Module, names: Collection[str], example: Example | None = None
+    ) -> CoupledChannels:
+        """Find the channels of a model that can be pruned.
 
         Args:
-            model: The model; it is left as it is.
+            model: The model; it is not changed.
             names: Qualified names of the weights to prune.
+            example: An input batch, used if `example_input` is None.
 
         Raises:
             ValueError: If there is no example input, torch.fx cannot trace the model, or no channel
-                can be removed.
+                can be pruned.
         """
-        if self.example_input is None:
+        check_not_sharded(self, dict(model.named_parameters()))
+        example = example if self.example_input is None else self.example_input
+        if example is None:
             raise ValueError(
-                "`example_input` must be what the model takes, got None; give "
+                "`example_input` must be an input batch of the model, got None; use "
                 "Channels(example_input), or set `self.example_input_array` in the LightningModule"
             )
-        coupling = _by_plain_names(find_coupling(model, self.example_input), model)
+        coupling = _by_plain_names(find_coupling(model, example), model)
         shapes = {name: slot.parameter.shape for name, slot in locate(model).items()}
-        return CoupledChannels(coupling, shapes, names)
+        return CoupledChannels(coupling, shapes, names, Channels(example))
 
 
 def _by_plain_names(coupling: Coupling, model: nn.Module) -> Coupling:
-    """The coupling by canonical names, as wrappers within the model put others into its graph."""
+    """The coupling with canonical names, since wrappers in the model change those of its graph."""
     pairs = zip(model.named_modules(), named_modules(model), strict=True)
     plain = {path: name for (path, _), (name, _) in pairs}
 
@@ -85,34 +107,42 @@ def _by_plain_names(coupling: Coupling, model: nn.Module) -> Coupling:
     return replace(coupling, members=members, writes=frozenset(map(renamed, coupling.writes)))
 
 
-class CoupledChannels:
-    """The channels of one model that can be removed.
+class CoupledChannels(Granularity):
+    """The channels of a model that can be pruned.
 
     Args:
         coupling: Which entries belong to which channel.
-        shapes: Of all parameters of the model.
-        names: Of the weights to prune.
+        shapes: Shapes of all parameters of the model.
+        names: Names of the weights to prune.
+        channels: The granularity whose `bind` found them.
 
     Raises:
-        ValueError: If no channel can be removed.
+        ValueError: If no channel can be pruned.
     """
 
     relative = True
 
     def __init__(
-        self, coupling: Coupling, shapes: Mapping[str, torch.Size], names: Collection[str]
+        self,
+        coupling: Coupling,
+        shapes: Mapping[str, torch.Size],
+        names: Collection[str],
+        channels: Channels,
     ) -> None:
+        self._channels = channels
         free = torch.ones(coupling.units, dtype=torch.bool)
         for name, dim in coupling.writes:
             if len(shapes[name]) > 1 and name not in names:
                 unit = coupling.members[name, dim]
                 free[unit[unit >= 0]] = False
-        if not free.any():
-            raise ValueError(
-                "`include` and `exclude` are expected to leave channels to remove, but every "
-                "channel is also written by a layer that is left out; include those layers"
-            )
-        number = torch.cat([free.cumsum(0) - 1, torch.tensor([-1])])  # the last is that of -1
+        expect(
+            bool(free.any()),
+            "include` and `exclude",
+            "leave channels to prune",
+            "a selection in which every channel is also computed by an excluded layer",
+            "include those layers",
+        )
+        number = torch.cat([free.cumsum(0) - 1, torch.tensor([-1])])  # unit -1 is the last entry
         number[:-1][~free] = -1
         self._units = {
             key: number[unit] for key, unit in coupling.members.items() if key[0] in shapes
@@ -123,20 +153,28 @@ class CoupledChannels:
             for name in shapes
             if any(key[0] == name and (unit >= 0).any() for key, unit in self._units.items())
         }
-        self._all_shapes = shapes
         self._scored = tuple(name for name in self._shapes if name in names)
         self._families = coupling.families[free].unique(return_inverse=True)[1]
         sizes = self._families.bincount()
         self._in_vectors = (sizes > LANES) & (sizes % LANES == 0)
         self.step = LANES if self._in_vectors.any() else 1
 
+    def __repr__(self) -> str:
+        return repr(self._channels)
+
+    def bind(
+        self, model: nn.Module, names: Collection[str], example: Example | None = None
+    ) -> CoupledChannels:
+        """Find the channels of a model again."""
+        return self._channels.bind(model, names, example)
+
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all parameters that lose entries, batch norm's and biases among them."""
-        return tuple(self._shapes)
+    def coupled(self) -> tuple[str, ...]:
+        """Names of the other parameters that lose entries, such as batch norm's and biases."""
+        return tuple(name for name in self._shapes if name not in self._scored)
 
     def writers(self, name: str) -> tuple[str, ...]:
-        """Names of the weights to prune that write the channels which a tensor holds or reads."""
+        """Names of the weights to prune that compute the channels of a tensor."""
         own = [unit for (tensor, _), unit in self._units.items() if tensor == name]
         channels = torch.cat([torch.tensor([-1]), *own]).unique()[1:]
         return tuple(
@@ -147,28 +185,41 @@ class CoupledChannels:
             and torch.isin(unit, channels).any()
         )
 
-    def check(self, costs: Mapping[str, float], sparsity: float) -> None:
-        """Refuse a target for which layers would have to lose all their channels.
-
-        Args:
-            costs: Of each weight, per tensor to prune.
-            sparsity: The target.
+    def check(self, tensors: Mapping[str, Tensor], groups: Groups, costs: Costs) -> None:
+        """Check that scope and sparsity suit channels.
 
         Raises:
-            ValueError: Saying how much can go.
+            ValueError: If the scope is not global or per layer, or the sparsity would prune all
+                channels of a layer.
         """
+        sparsity = groups[0][1]
+        uniform = all(len(names) == 1 and each == sparsity for names, each in groups)
+        expect(
+            len(groups) == 1 or uniform,
+            "scope",
+            "be 'global' or 'layer' for channels, which belong to several layers",
+            "other groups of tensors",
+            "try 'layer'",
+        )
         order = torch.arange(len(self._families))
-        most = cost_of(self.masks(self.kept(order, len(order))), costs)
-        total = sum(cost * self._all_shapes[name].numel() for name, cost in costs.items())
-        if sparsity * total * (1 - 1e-12) > most:
-            raise ValueError(too_much(most / total, sparsity))
+        maximum = pruned_cost(self.to_masks(self.kept(order, len(order))), costs)
+        if target_cost(sparsity, costs, tensors) > maximum:
+            raise too_sparse(maximum / total_cost(costs, tensors), sparsity)
 
-    def units(self, shapes: Mapping[str, torch.Size]) -> Units:
-        """The channels, which go through tensors of these shapes and others."""
-        return self
+    def masks(self, competition: Competition) -> dict[str, Tensor]:
+        """The masks of all tensors that lose entries."""
+        names, sparsity = list(competition.tensors), competition.groups[0][1]
+        pruning_order = self._uniform_order if len(competition.groups) > 1 else lowest_first
+        present = {
+            name: competition.before[name] != 0
+            if name in competition.before
+            else torch.ones_like(tensor, dtype=torch.bool)
+            for name, tensor in competition.tensors.items()
+        }
+        return present | unit_masks(self, competition, names, sparsity, pruning_order)
 
     def sums(self, entries: Callable[[str], Tensor]) -> Tensor:
-        """Per channel the sum over the weights to prune that write or read it."""
+        """Sum over the weights to prune that compute or read each channel."""
         sums = torch.zeros(len(self._families), dtype=torch.float64)
         for name in self._scored:
             values = entries(name).to(torch.float64)
@@ -179,36 +230,34 @@ class CoupledChannels:
                     sums.index_add_(0, unit[unit >= 0], rows[unit >= 0])
         return sums
 
-    def order(self, scores: Tensor, scope: object) -> Tensor:
-        """Lowest score first; with scope `"layer"` lowest fraction of the layer's channels."""
+    def _uniform_order(self, scores: Tensor) -> Tensor:
+        """The order, lowest first, in which all layers lose the same fraction of their channels."""
         order = scores.argsort(stable=True)
-        if scope == "layer":
-            better = self._better(order)
-            sizes = self._families.bincount()[self._families]
-            order = order[((sizes - better) / sizes)[order].argsort(stable=True)]
-        return order
+        rank = self._rank_in_family(order)
+        sizes = self._families.bincount()[self._families]
+        return order[((sizes - rank) / sizes)[order].argsort(stable=True)]
 
     def kept(self, order: Tensor, count: int) -> Tensor:
-        """At least one of each layer, and rounded up to whole vectors."""
+        """At least one channel of each family, rounded up to whole vectors."""
         left = self._families[order[count:]].bincount(minlength=len(self._in_vectors))
         rounded = (left + LANES - 1) // LANES * LANES
         left = torch.where((left > LANES) & self._in_vectors, rounded, left).clamp(min=1)
-        return self._better(order) < left[self._families]
+        return self._rank_in_family(order) < left[self._families]
 
-    def masks(self, kept: Tensor) -> dict[str, Tensor]:
+    def to_masks(self, kept: Tensor) -> dict[str, Tensor]:
         """The masks of all tensors."""
-        kept = torch.cat([kept, torch.tensor([True])])  # the last is that of -1
+        kept = torch.cat([kept, torch.tensor([True])])  # unit -1 is the last entry
         masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in self._shapes.items()}
         for (name, dim), unit in self._units.items():
             if name in masks:
                 masks[name].movedim(dim, -1).logical_and_(kept[unit])
         return masks
 
-    def _better(self, order: Tensor) -> Tensor:
-        """Per unit how many of its family come after it in `order`."""
+    def _rank_in_family(self, order: Tensor) -> Tensor:
+        """Number of units of the same family that come after each unit in `order`."""
         families = self._families[order].flip(0)
-        place = families.argsort(stable=True)
+        by_family = families.argsort(stable=True)
         first = families.bincount().cumsum(0) - families.bincount()
-        better = torch.empty_like(order)
-        better[order.flip(0)[place]] = torch.arange(len(order)) - first[families[place]]
-        return better
+        rank = torch.empty_like(order)
+        rank[order.flip(0)[by_family]] = torch.arange(len(order)) - first[families[by_family]]
+        return rank

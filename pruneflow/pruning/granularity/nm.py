@@ -1,33 +1,36 @@
-"""N of M: the most important of each few neighbouring weights stay."""
+"""N:M sparsity: at least n of every m consecutive weights are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pruneflow.errors import expect
+from pruneflow.pruning.distribution import Groups
+from pruneflow.pruning.granularity.units import Competition, Granularity
+from pruneflow.pruning.granularity.weights import threshold_masks
 from pruneflow.pruning.schedules import whole_number
+from pruneflow.structure.costs import Costs
 from pruneflow.structure.layer_types import input_dim
-from pruneflow.structure.parameters import Slot
+from pruneflow.structure.parameters import locate
 
 
 @dataclass(frozen=True)
-class NM:
-    """Keep the `n` most important of each `m` neighbouring weights along the input.
+class NM(Granularity):
+    """N:M sparsity: keep the `n` highest scores of every `m` consecutive weights along the input.
 
-    2 of 4 is what NVIDIA's sparse tensor cores compute with. Rounds below the sparsity 1 - n/m,
-    which is the most there can be, prune from what is not among the `n` of its group. What was
-    pruned before stays pruned, so that a group that has less than `n` left keeps those, and the
-    last round ends a little above 1 - n/m.
+    NVIDIA's sparse tensor cores accelerate 2:4. The maximum sparsity is 1 - n/m; rounds below it
+    only prune weights that are not among the `n` highest of their group. Pruned weights stay
+    pruned, so a group may keep fewer than `n`, and the last round may end slightly above 1 - n/m.
 
     Args:
-        n: How many of a group stay at least.
-        m: Size of a group; the number of input channels or features has to be a multiple of it.
-        dims: Qualified name -> the dimension of that weight along which its layer multiplies, where
-            it is not 1. A Pruner knows it of PyTorch's layers and of those that `register_layer`
-            was told of.
+        n: Number of weights that a round keeps in each group.
+        m: Group size; the number of input channels or features must be a multiple of it.
+        dims: Qualified name -> input dimension of that weight, if it is not 1. A Pruner knows that
+            of PyTorch's layers and of those registered with `register_layer`.
 
     Raises:
         ValueError: If not 0 < n < m.
@@ -48,71 +51,83 @@ class NM:
 
     def __post_init__(self) -> None:
         n, m = whole_number(self.n), whole_number(self.m)
-        if n is None or m is None or not 0 < n < m:
-            raise ValueError(
-                f"`n` and `m` must be whole numbers, 0 < n < m, got {self}; NM(2, 4) is usual"
-            )
+        valid = n is not None and m is not None and 0 < n < m
+        expect(valid, "n` and `m", "be whole numbers, 0 < n < m", self, "try NM(2, 4)")
         object.__setattr__(self, "n", n)
         object.__setattr__(self, "m", m)
 
     @property
-    def most(self) -> float:
-        """The sparsity at which all groups keep `n`."""
+    def max_sparsity(self) -> float:
+        """The sparsity if every group keeps `n`."""
         return 1 - self.n / self.m
 
-    def bind(self, slots: Mapping[str, Slot]) -> NM:
-        """The same with the dimensions along which these layers multiply.
+    def bind(self, model: nn.Module, names: Collection[str], example: object = None) -> NM:
+        """The granularity with the input dimensions of the tensors `names` of a model.
 
         Raises:
-            ValueError: Naming the tensors of layers of which that is not known.
+            ValueError: Names the tensors whose input dimension is not known.
         """
+        slots = {name: slot for name, slot in locate(model).items() if name in names}
         dims = {name: input_dim(slot.module, slot.attribute) for name, slot in slots.items()}
         dims |= self.dims
         unknown = [
             f"{name} ({type(slots[name].module).__name__})" for name in slots if dims[name] is None
         ]
-        if unknown:
-            raise ValueError(
-                f"`granularity` {self} must know along which dimension a layer multiplies, got "
-                f"{', '.join(unknown)}; call `register_layer(type, name, input_dim=...)`, or "
-                "`exclude` them"
-            )
+        expect(
+            not unknown,
+            "granularity",
+            f"know the input dimension of each weight for {self}",
+            ", ".join(unknown),
+            "call `register_layer(type, name, input_dim=...)`, or `exclude` them",
+        )
         return replace(self, dims={name: dim for name, dim in dims.items() if dim is not None})
 
-    def check(self, shapes: Mapping[str, torch.Size], sparsity: float) -> None:
-        """Refuse tensors without whole groups, and what would take more than m - n of a group.
+    def check(self, tensors: Mapping[str, Tensor], groups: Groups, costs: Costs) -> None:
+        """Check that tensors have whole groups, and that no sparsity is above the maximum.
 
         Raises:
-            ValueError: Naming the tensors, or the sparsity.
+            ValueError: Names the tensors or the sparsity.
         """
         uneven = [
-            f"{name} {tuple(shape)}" for name, shape in shapes.items() if self._uneven(name, shape)
+            f"{name} {tuple(tensor.shape)}"
+            for name, tensor in tensors.items()
+            if self._uneven(name, tensor.shape)
         ]
-        if uneven:
-            raise ValueError(
-                f"`granularity` {self} is expected to get weights with a multiple of {self.m} "
-                f"inputs, but {', '.join(uneven)} came; `exclude` them"
-            )
-        if sparsity > self.most:
-            raise ValueError(
-                f"`sparsity` is expected to be at most {self.most:.6g} with {self}, but "
-                f"{sparsity!r} came; lower it, or keep fewer of each {self.m}"
-            )
+        expect(
+            not uneven,
+            "granularity",
+            f"divide each weight into groups of {self.m} inputs",
+            ", ".join(uneven),
+            "`exclude` them",
+        )
+        sparsity = max(sparsity for _, sparsity in groups)
+        expect(
+            sparsity <= self.max_sparsity,
+            "sparsity",
+            f"be at most {self.max_sparsity:.6g} with {self}",
+            repr(sparsity),
+            f"lower it, or keep fewer of each {self.m} weights",
+        )
+
+    def masks(self, competition: Competition) -> dict[str, Tensor]:
+        """The masks of the tensors."""
+        return threshold_masks(competition, self.protect, self.max_sparsity)
 
     def protect(self, name: str, scores: Tensor) -> Tensor:
-        """Raise the `n` highest scores of each group, of equal ones the last, to infinity.
+        """Set the `n` highest scores of each group to infinity; of ties, the last are kept.
 
-        A score of -inf, which marks what is pruned already, is left alone.
+        Scores of -inf, which mark pruned weights, stay.
 
         Raises:
-            ValueError: If scores of a shard do not hold whole groups.
+            ValueError: If a shard does not hold whole groups.
         """
-        if self._uneven(name, scores.shape):
-            raise ValueError(
-                f"`granularity` {self} must find whole groups in each shard, got {name} with "
-                f"{tuple(scores.shape)} in one process; `exclude` it, or take another number of "
-                "processes"
-            )
+        expect(
+            not self._uneven(name, scores.shape),
+            "granularity",
+            f"have whole groups of {self.m} in each shard",
+            f"{name} with shape {tuple(scores.shape)} in one process",
+            "`exclude` it, or use another number of processes",
+        )
         dim = self.dims.get(name, 1)
         groups = scores.movedim(dim, -1).unflatten(-1, (-1, self.m))
         best = groups.argsort(dim=-1, stable=True)[..., self.m - self.n :]

@@ -1,1 +1,1 @@
-"""The channels of a model: which layers read and write them, which go together, removal."""
+"""The channels of a model: which layers compute and read them, how they are coupled, removal."""

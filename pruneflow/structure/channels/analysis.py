@@ -1,4 +1,4 @@
-"""Follow all channels of a model, and compare what it computes before and after a change."""
+"""Analyse the channels of a model, and compare its outputs before and after a change."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pruneflow.errors import expect
 from pruneflow.structure.channels.flow import Flow
 from pruneflow.structure.channels.operations import makes_a_new_tensor, rule_of
 from pruneflow.structure.channels.rules import Rule
@@ -23,42 +24,44 @@ from pruneflow.structure.running import Example, call, evaluating, tensors_in
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model itself where torch.compile or another wrapper is around it.
+    """Unwrap a model from `torch.compile` and other wrappers.
 
     Raises:
-        ValueError: If a mask of `torch.nn.utils.prune` is still on it.
+        ValueError: If it has masks of `torch.nn.utils.prune`.
     """
     model = unwrap(model)
-    masked = [name for name, slot in locate(model).items() if slot.reparametrized]
-    if masked:
-        raise ValueError(
-            f"`model` is expected to be plain, but {', '.join(masked)} are under the masks of "
-            "torch.nn.utils.prune; make them plain with pruneflow.fold_model(model)"
-        )
+    masked = ", ".join(name for name, slot in locate(model).items() if slot.reparametrized)
+    expect(
+        not masked,
+        "model",
+        "have no masks of torch.nn.utils.prune",
+        f"masks on {masked}",
+        "make them permanent with pruneflow.fold_model(model)",
+    )
     return model
 
 
 _OF_LAYERS = ("weight", "bias", "running_mean", "running_var")
 
 
-def owned(model: nn.Module, traced: fx.GraphModule) -> set[str]:
-    """Names of the layers and tensors that have one place in the model and are used once."""
+def find_unshared(model: nn.Module, traced: fx.GraphModule) -> set[str]:
+    """Names of the layers and tensors that occur once in the model and are used once."""
     nodes = Counter(
         str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr")
     )
     tensors = dict(_tensors(traced))
-    # A layer under two names has one place; a tensor of two layers has two.
-    places = Counter(id(tensor) for module in model.modules() for tensor in _held(module))
+    # A layer under two names counts once; a tensor of two layers counts twice.
+    places = Counter(id(tensor) for module in model.modules() for tensor in _own_tensors(module))
     places.update(id(tensors[name]) for name in nodes if name in tensors)
     modules = {name for name in nodes if name not in tensors}
 
     def alone(name: str) -> bool:
         if name in modules:
             layer = traced.get_submodule(name)
-            held = dict(_tensors(layer))
-            if type(layer) in LAYERS:  # it may be of a subclass that has more of them
-                held = {own: tensor for own, tensor in held.items() if own in _OF_LAYERS}
-            return all(places[id(tensor)] == 1 for tensor in held.values())
+            own = dict(_tensors(layer))
+            if type(layer) in LAYERS:  # recognised from a subclass, which may have more tensors
+                own = {name: tensor for name, tensor in own.items() if name in _OF_LAYERS}
+            return all(places[id(tensor)] == 1 for tensor in own.values())
         return places[id(tensors[name])] == 2
 
     return {name for name, count in nodes.items() if count == 1 and alone(name)}
@@ -69,22 +72,24 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _held(module: nn.Module) -> list[Tensor]:
-    held = chain(module._parameters.values(), module._buffers.values())
-    return [tensor for tensor in held if tensor is not None]
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    tensors = chain(module._parameters.values(), module._buffers.values())
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def analyse(traced: fx.GraphModule, own: set[str], *, fixed_size: bool) -> tuple[Flow, list[Rule]]:
-    """Follow constants forward through the graph, and needs backward.
+def analyse(
+    traced: fx.GraphModule, unshared: set[str], *, fixed_size: bool
+) -> tuple[Flow, list[Rule]]:
+    """Propagate constants forward through the graph, and which channels are needed backward.
 
     Args:
         traced: The graph.
-        own: See `owned`.
+        unshared: Result of `find_unshared`.
         fixed_size: Whether all inputs will have the size of the example.
     """
     storage = Storage(traced, lambda node: makes_a_new_tensor(traced, node))
     overwritten = storage.overwritten()
-    flow = Flow(own, fixed_size=fixed_size)
+    flow = Flow(unshared, fixed_size=fixed_size)
     rules = []
     for node in traced.graph.nodes:
         if node.op == "placeholder" or node in flow.values:
@@ -105,13 +110,13 @@ Outputs = list[tuple[Example, Any]]
 
 
 def outputs(model: nn.Module, example_input: Example) -> Outputs:
-    """What a model computes, to compare it with what it computes when it was changed.
+    """Outputs of a model for `check_same`.
 
-    For the example and for noise in its place, as an example of zeros hides most of what a model
-    does; but not where noise is nothing to compute with, and ends in an error or in NaN.
+    For the example input and for noise of its shape, as an input of zeros would hide differences.
+    Noise is skipped if it leads to an error or NaN.
 
     Raises:
-        ValueError: If the model does not take the example.
+        ValueError: If the model fails on the example input.
     """
     with evaluating(model, example_input):
         found = [(example_input, call(model, example_input))]
@@ -125,10 +130,15 @@ def outputs(model: nn.Module, example_input: Example) -> Outputs:
 
 
 def check_same(expected: Outputs, model: nn.Module, after: str) -> None:
-    """Compare what a model computes with what it did before it was changed.
+    """Check that a changed model still gives the same outputs.
+
+    Args:
+        expected: Its `outputs` before the change.
+        model: The model now.
+        after: The change, for messages.
 
     Raises:
-        RuntimeError: If it differs by more than rounding, or the model does not run.
+        RuntimeError: If the outputs differ by more than rounding, or the model fails.
     """
     with evaluating(model, expected[0][0]):
         for example_input, before in expected:
@@ -136,9 +146,9 @@ def check_same(expected: Outputs, model: nn.Module, after: str) -> None:
                 now = call(model, example_input)
             except ValueError as error:
                 raise RuntimeError(
-                    f"`model` is expected to run after {after}, but that ended with: "
-                    f"{error.__cause__}; take numbers of channels in `forward` from the shapes of "
-                    "its tensors"
+                    f"`model` must run after {after}, got {type(error.__cause__).__name__}: "
+                    f"{error.__cause__}; in `forward`, take numbers of channels from the shapes of "
+                    "tensors"
                 ) from error
             for pair in zip(_tensors_of(before), _tensors_of(now), strict=True):
                 _check_close(*pair, after)
@@ -147,24 +157,29 @@ def check_same(expected: Outputs, model: nn.Module, after: str) -> None:
 def _check_close(before: Tensor, now: Tensor, after: str) -> None:
     if not (before.is_floating_point() or before.is_complex()):
         return
-    if now.shape != before.shape:
-        raise RuntimeError(
-            f"`model` is expected to compute the same after {after}, but returned a tensor of "
-            f"shape {tuple(now.shape)}, not {tuple(before.shape)}; take numbers of channels in "
-            "`forward` from the shapes of its tensors"
-        )
+    before, now = before.detach(), now.detach()
+    expect(
+        now.shape == before.shape,
+        "model",
+        f"return a tensor of shape {tuple(before.shape)} after {after}",
+        tuple(now.shape),
+        "in `forward`, take numbers of channels from the shapes of tensors",
+        error=RuntimeError,
+    )
     same = (before == now) | (before.isnan() & now.isnan())
     wide = torch.promote_types(before.dtype, torch.float64)
     error = torch.linalg.vector_norm(torch.where(same, 0, now - before).to(wide))
     scale = torch.linalg.vector_norm(before[before.isfinite()].to(wide))
-    # Far above what rounding leaves, far below what a mistake makes.
-    if not error <= torch.finfo(before.dtype).eps ** 0.5 * scale:
-        raise RuntimeError(
-            f"`model` is expected to compute the same after {after}, but on `example_input`, or "
-            f"noise in its place, the relative difference is {float(error / scale):.1e}; its "
-            "forward pass depends on more than the input, or this is a fault of pruneflow: please "
-            "report it"
-        )
+    # Far above rounding errors, far below the effect of a mistake.
+    expect(
+        error <= torch.finfo(before.dtype).eps ** 0.5 * scale,
+        "model",
+        f"give the same outputs after {after}, for `example_input` and for noise of its shape",
+        f"a relative difference of {float(error / scale):.1e}",
+        "make sure that its outputs depend on its input only; otherwise this is a bug in "
+        "pruneflow, please report it",
+        error=RuntimeError,
+    )
 
 
 def _noise(value: Any) -> Any:
@@ -175,7 +190,7 @@ def _noise(value: Any) -> Any:
 
 
 def _tensors_of(result: Any) -> list[Tensor]:
-    """The tensors in what a model returns."""
+    """The tensors in the output of a model."""
     tensors = []
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor):

@@ -1,4 +1,4 @@
-"""How attention over several heads passes channels on, and how heads and their channels go."""
+"""Multi-head attention: how it propagates channels, and how heads are removed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pruneflow.structure.channels.rules import Rule
 
 
 class Attention(Rule):
-    """nn.MultiheadAttention without masks, whose weights of attention nobody looks at.
+    """nn.MultiheadAttention without masks, whose attention weights are not used.
 
-    A head goes if its values are constants or nobody reads them, and so do channels within the
-    heads, as many as every head can spare. What remains becomes four Linear layers and
+    A head is removed if its values are constant or not used. Channels within heads are removed as
+    well, the same number from each head. The layer is replaced by four Linear layers and
     scaled_dot_product_attention.
     """
 
     def forward(self) -> bool:
-        """See which outputs read nothing but constants."""
+        """Find outputs that depend on constants only."""
         super().forward()
         module, node = self.module, self.node
         output = next(iter(node.users))
@@ -37,14 +37,14 @@ class Attention(Rule):
         self.biases = (torch.zeros(3 * size) if bias is None else bias.detach()).chunk(3)
         self.varies = (self.weights[2] != 0).any(1)
         projection = module.out_proj.weight.detach()
-        # The weights of attention sum up to 1, so that a value that is constant stays so.
+        # Attention weights sum to 1, so constant values stay constant.
         constant = self._constant_part(~self.varies)
         self.result.known = ~((projection != 0) & self.varies).any(1)
         self.result.constant = constant.to(projection.dtype) * self.result.known
         return True
 
     def cut(self) -> bool:
-        """Open the layer if heads or channels of heads can go."""
+        """Replace the layer if heads or channels within heads can be removed."""
         module = self.module
         projection = module.out_proj.weight.detach()
         read = (projection[self.result.wanted] != 0).any(0)
@@ -83,7 +83,7 @@ class Attention(Rule):
         return True
 
     def _constant_part(self, values: Tensor) -> Tensor:
-        """The output projection's bias with what it computes from some constant values."""
+        """The bias of the output projection plus the contribution of constant values."""
         module = self.module
         weight = module.out_proj.weight.detach()[:, values].to(torch.float64)
         bias: Tensor = weight @ self.biases[2][values].to(torch.float64)
@@ -112,7 +112,7 @@ class Attention(Rule):
 
 
 def _common(used: Tensor, heads: Tensor) -> Tensor:
-    """The channels of `heads` that are used, and others so that all heads have as many."""
+    """The used channels of `heads`, padded with others to the same number for each head."""
     width = max(int(used[heads].sum(1).max()), 1)
     order = used[heads].to(torch.int8).argsort(stable=True, dim=1, descending=True)
     chosen: Tensor = order[:, :width].sort(1).values + heads[:, None] * used.shape[1]

@@ -1,4 +1,4 @@
-"""What is known of every value of a model, channel by channel."""
+"""What is known about each channel of each value in a model."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-LANES = 16  # floats in the longest vectors of CPUs
+LANES = 16  # floats in the widest CPU vectors
 
 
 @dataclass
 class Channels:
-    """The channels of a value: what they are and who reads them.
+    """The channels of a value.
 
     Args:
-        dim: The dimension of the value along which they lie.
-        atoms: Per channel its atom. Channels of one atom, in whatever value, stay or go together.
-        known: Per channel whether it holds one constant, whatever the model's input.
-        constant: That constant; 0 where there is none.
-        needed: Per channel whether anything that matters is computed from it.
+        dim: The channel dimension of the value.
+        atoms: The atom of each channel. Channels with the same atom, in any value, are kept or
+            removed together.
+        known: Whether each channel is constant, whatever the input of the model.
+        constant: The constants; 0 where not known.
+        needed: Whether the output of the model depends on each channel.
     """
 
     dim: int
@@ -31,34 +32,34 @@ class Channels:
 
     @property
     def wanted(self) -> Tensor:
-        """Channels that have to be computed: those that matter and are not known."""
+        """Whether each channel must be computed: it is needed and not constant."""
         return self.needed & ~self.known
 
 
 class Flow:
-    """The channels of all values, and which atoms have to stay.
+    """The channels of all values, and which atoms must be kept.
 
     Args:
-        own: Names of the layers and tensors that can be cut: they have one place in the model and
-            are used once.
+        unshared: Names of the layers and tensors that can be cut, as they occur once in the model
+            and are used once.
         fixed_size: Whether all inputs have the size of the example.
     """
 
-    def __init__(self, own: set[str], *, fixed_size: bool) -> None:
-        self.own, self.fixed_size = own, fixed_size
+    def __init__(self, unshared: set[str], *, fixed_size: bool) -> None:
+        self.unshared, self.fixed_size = unshared, fixed_size
         self.values: dict[fx.Node, Channels] = {}
-        self.held: dict[fx.Node, Tensor] = {}  # parameters and buffers
+        self.tensors: dict[fx.Node, Tensor] = {}  # parameters and buffers
         self._parents: list[int] = []
         self._pinned: set[int] = set()
-        self._whole: set[fx.Node] = set()
+        self._pinned_nodes: set[fx.Node] = set()
 
     def new(self, node: fx.Node, dim: int, atoms: Tensor | None = None) -> Channels:
-        """Note the channels of a node, of which nothing is known so far.
+        """Add the channels of a node, none of them known to be constant.
 
         Args:
             node: The node.
-            dim: Where its channels lie.
-            atoms: Those of the channels; None gives every channel a new one.
+            dim: Its channel dimension.
+            atoms: The atoms of its channels; None for new ones.
         """
         if atoms is None:
             first, size = len(self._parents), node.meta["shape"][dim]
@@ -72,36 +73,36 @@ class Flow:
         return channels
 
     def along(self, node: fx.Node, dim: int) -> Channels | None:
-        """The channels of a value along `dim`; None if they are known to lie elsewhere.
+        """The channels of a value along `dim`; None if its channel dimension is another.
 
-        Those of a value that nothing has been noted of all stay, unless it is a parameter or buffer
-        that nobody needs as a whole.
+        If the value is new, all its channels are pinned, unless it is an unpinned parameter or
+        buffer.
         """
         channels = self.values.get(node)
         if channels is None:
             channels = self.new(node, dim)
-            if node in self.held:
-                rows = self.held[node].movedim(dim, 0).reshape(len(channels.atoms), -1)
+            if node in self.tensors:
+                rows = self.tensors[node].movedim(dim, 0).reshape(len(channels.atoms), -1)
                 channels.known, channels.constant = same_in_rows(rows)
-            if node not in self.held or node in self._whole:
+            if node not in self.tensors or node in self._pinned_nodes:
                 self.pin(node)
         return channels if channels.dim == dim else None
 
     def unite(self, groups: Iterable[Sequence[int]]) -> None:
-        """Let the atoms of each group stay or go together."""
+        """Couple the atoms of each group, so that they are kept or removed together."""
         for first, *others in groups:
             for other in others:
                 self._parents[self._find(other)] = self._find(first)
 
     def pin(self, node: fx.Node, count: int | None = None) -> None:
-        """Let all channels of a value stay, or the first few."""
+        """Keep all channels of a value, or the first `count`."""
         if count is None:
-            self._whole.add(node)
+            self._pinned_nodes.add(node)
         if node in self.values:
             self._pinned.update(self.values[node].atoms[:count].tolist())
 
     def units(self) -> Tensor:
-        """Per atom the unit that stays or goes as one, numbered from 0; -1 where it has to stay."""
+        """The unit of each atom, numbered from 0; -1 for atoms that must be kept."""
         roots = self._all_roots()
         pinned = torch.zeros(len(roots), dtype=torch.bool)
         pinned[roots[list(self._pinned)]] = True
@@ -110,8 +111,8 @@ class Flow:
         units[free] = roots[free].unique(return_inverse=True)[1]
         return units
 
-    def settle(self) -> None:
-        """Decide what stays, once it is known what is needed: as little as can be."""
+    def resolve(self) -> None:
+        """Decide which atoms are kept, as few as possible, once all needs are known."""
         self._roots = self._all_roots()
         self._kept = torch.zeros(len(self._parents), dtype=torch.bool)
         for atom in self._pinned:
@@ -120,15 +121,15 @@ class Flow:
             self._kept[self._roots[channels.atoms[channels.wanted]]] = True
 
     def keep(self, atom: int) -> None:
-        """Let one more atom stay."""
+        """Keep one more atom."""
         self._kept[self._roots[atom]] = True
 
     def kept(self, channels: Channels) -> Tensor:
-        """Per channel whether it stays."""
+        """Whether each channel is kept."""
         return self._kept[self._roots[channels.atoms]]
 
     def round_up(self, channels: Channels) -> None:
-        """Let more channels stay so that kernels for whole vectors of them still fit."""
+        """Keep more channels, up to a multiple of the vector length."""
         kept = self.kept(channels)
         for atom in channels.atoms[rounded_up(kept, torch.ones_like(kept)) & ~kept].tolist():
             self.keep(atom)
@@ -145,16 +146,16 @@ class Flow:
 
 
 def same_in_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row whether all entries are one constant, and that constant; 0 where there is none."""
+    """Whether each row is constant, and the constants; 0 for other rows."""
     known = (rows == rows[:, :1]).all(1)
     return known, rows[:, 0] * known
 
 
 def rounded_up(chosen: Tensor, choice: Tensor) -> Tensor:
-    """Choose a few more, so that a number above 16 is a multiple of 16 if that of all was.
+    """Choose a few more, so that more than 16 of a multiple of 16 are again a multiple of 16.
 
-    On vectors of 16 floats 199 of 256 channels take no less time than all of them: measured in ONNX
-    Runtime, 3.5 and 3.7 ms, but 2.1 ms for 192.
+    With vectors of 16 floats, 199 of 256 channels take about as long as all of them: 3.5 and 3.7 ms
+    in ONNX Runtime, but 2.1 ms for 192.
     """
     count, size = int(chosen.sum()), int(choice.sum())
     if count <= LANES or size % LANES:

@@ -1,4 +1,4 @@
-"""Which operation follows which rule."""
+"""The rule of each operation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pruneflow.structure.channels.rules import (
     NORMS,
     Carried,
     Concatenated,
-    Held,
     Pointwise,
     Rule,
     Sizes,
+    TensorAttribute,
     flattens,
 )
 from pruneflow.structure.channels.tracing import of_parameters, tensor_inputs
@@ -30,7 +30,7 @@ _ACTIVATIONS = (
     *(nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus),
     *(nn.Softsign, nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink),
 )
-# In evaluation mode they hand on their input itself.
+# These return their input in evaluation mode.
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _IDLE_FUNCTIONS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout}
 SUMS = {operator.add, torch.add, "add"}
@@ -64,7 +64,7 @@ _CARRIED = {
 }
 _RESHAPES = {torch.reshape, "view", "reshape"}
 _SIZES = ("shape", "size", "dim", "ndim", "dtype", "device", "is_cuda")
-# With their batch dimension.
+# Including the batch dimension.
 _DIMENSIONS: dict[type[nn.Module], int] = {
     **{nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5},
     **{nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4, nn.ConvTranspose3d: 5},
@@ -72,13 +72,13 @@ _DIMENSIONS: dict[type[nn.Module], int] = {
 
 
 def rule_of(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule:
-    """The rule that an operation follows."""
+    """The rule for an operation."""
     sources = tensor_inputs(node)
     read = node.args[1] if node.target is getattr else node.target
     if node.op != "call_module" and isinstance(read, str) and read in _SIZES:
         return Sizes(traced, flow, node)
     if node.op == "get_attr" and math.prod(node.meta.get("shape", (0,))):
-        return Held(traced, flow, node)
+        return TensorAttribute(traced, flow, node)
     if sources and node.op == "call_module":
         return _rule_of_layer(traced, flow, node)
     if sources and node.op in ("call_function", "call_method") and "shape" in node.meta:
@@ -87,7 +87,7 @@ def rule_of(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule:
 
 
 def makes_a_new_tensor(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the result of an operation that is not in place shares no memory with its inputs."""
+    """Whether an operation that is not in place never returns a view of its inputs."""
     if node.op == "call_module":
         kind = type(traced.get_submodule(str(node.target)))
         return kind in (*_ACTIVATIONS, *NORMS, nn.Linear, *_DIMENSIONS)
@@ -97,22 +97,22 @@ def makes_a_new_tensor(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 def _rule_of_layer(traced: fx.GraphModule, flow: Flow, node: fx.Node) -> Rule:
     module: Any = traced.get_submodule(str(node.target))
-    kind, own = type(module), node.target in flow.own
-    own_code = "forward" in vars(module)  # set on this one, as accelerate does
-    hooked = own_code or module._forward_hooks or module._forward_pre_hooks
-    if own and not hooked and kind is nn.MultiheadAttention and _can_be_opened(module, node):
+    kind, unshared = type(module), node.target in flow.unshared
+    patched = "forward" in vars(module)  # replaced on the instance, as accelerate does
+    hooked = patched or module._forward_hooks or module._forward_pre_hooks
+    if unshared and not hooked and kind is nn.MultiheadAttention and _can_be_opened(module, node):
         return Attention(traced, flow, node)
     if hooked or "shape" not in node.meta or len(node.args) != 1 or node.kwargs:
         return Rule(traced, flow, node)
     convolution = _DIMENSIONS.get(kind) == len(node.meta["shape"])
     if convolution and isinstance(module, nn.modules.conv._ConvTransposeNd):
         convolution = module.groups == 1
-    if own and (kind is nn.Linear or convolution):
+    if unshared and (kind is nn.Linear or convolution):
         return Weighted(traced, flow, node)
     normalises = kind in NORMS and module.running_mean is not None
-    activates = kind in _ACTIVATIONS and (own or not list(module.parameters()))
+    activates = kind in _ACTIVATIONS and (unshared or not list(module.parameters()))
     drops = kind in _IDLE or kind.__module__ == "torchvision.ops.stochastic_depth"
-    if (own and normalises) or activates or drops:
+    if (unshared and normalises) or activates or drops:
         return Pointwise(traced, flow, node)
     if kind in _CARRIED_LAYERS and not getattr(module, "return_indices", False):
         return Carried(traced, flow, node, only_zeros=_pads_with_zeros(module))

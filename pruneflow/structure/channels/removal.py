@@ -1,4 +1,4 @@
-"""Remove channels that pruning has zeroed."""
+"""Remove channels that are all zero."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from pruneflow.errors import expect
 from pruneflow.structure.channels.analysis import check_same, outputs, plain
 from pruneflow.structure.channels.coupling import Coupling, find_coupling
 from pruneflow.structure.channels.rules import NORMS, laid_out_as
@@ -21,29 +22,29 @@ from pruneflow.structure.running import Example
 def remove_channels(
     model: nn.Module, example_input: Example, optimizers: Sequence[Optimizer] = ()
 ) -> int:
-    """Remove channels that structured pruning has zeroed from the layers of a model, in place.
+    """Remove channels that structured pruning has set to zero from a model, in place.
 
-    A channel goes if every weight and bias that writes it, batch norm's weight and bias, and every
-    weight that reads it are zero; the last one of a layer stays. So what the model computes does
-    not change, and training goes on as under masks: gradients and the state of the optimizers go
-    along. Parameters stay the same objects, so that whatever trains them goes on to do so.
+    A channel is removed if all weights and biases that compute it, the weight and bias of its batch
+    norm, and all weights that read it are zero; each layer keeps at least one. The outputs do not
+    change, and training continues as it would with masks: gradients and optimizer state are cut as
+    well. Parameters stay the same objects, so optimizers still hold them.
 
-    Of Adafactor's state, and other factored ones, entries of removed channels go and the rest stays
-    as it is, although it holds means over more channels than there are now.
+    In factored optimizer state, as Adafactor's, the remaining entries are unchanged, although they
+    are means that include removed channels.
 
     Args:
-        model: The model, plain: without masks or hooks on its parameters.
-        example_input: A batch of what the model takes, on its device.
-        optimizers: All that train the model and have a state, such as momentum.
+        model: The model, without masks or hooks on its parameters.
+        example_input: An input batch on the device of the model.
+        optimizers: All optimizers of the model that have a state, such as momentum.
 
     Returns:
-        How many channels were removed.
+        The number of channels removed.
 
     Raises:
-        ValueError: If `find_coupling` refuses the model, hooks are on its parameters, or the state
-            of an optimizer does not have the shape of its parameters. Nothing has changed then.
-        RuntimeError: If the smaller model does not compute the same for `example_input`. It has
-            been put back.
+        ValueError: If `find_coupling` does not support the model, its parameters have hooks, or
+            optimizer state does not have the shape of its parameters. Nothing is changed.
+        RuntimeError: If the smaller model gives different outputs for `example_input`. The model is
+            restored.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -84,7 +85,7 @@ def remove_channels(
 
 
 def _dead(model: nn.Module, coupling: Coupling) -> Tensor:
-    """Per unit whether it can go: nothing writes or reads it, and others of its family stay."""
+    """Whether each unit can be removed: all its weights are zero, and its family has others."""
     alive = torch.zeros(coupling.units, dtype=torch.bool)
     parameters = dict(model.named_parameters())
     for (name, dim), unit in coupling.members.items():
@@ -102,24 +103,26 @@ def _dead(model: nn.Module, coupling: Coupling) -> Tensor:
 
 
 class _Cut:
-    """The smaller tensors of a model; nothing changes before they are put in their places.
+    """The smaller tensors of a model, computed before anything is changed.
 
     Args:
         model: The model.
-        kept: Per qualified name of a tensor and dimension the indices that stay.
+        kept: Qualified name of a tensor -> dimension -> indices to keep.
     """
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
         self._model = model
         present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         hooked = [n for n in kept if isinstance(present[n], nn.Parameter) and _hooks(present[n])]
-        if hooked:
-            raise ValueError(
-                "`model` is expected to have no hooks on its parameters, which would not come "
-                f"along, but {', '.join(hooked)} have; remove masks and other hooks first"
-            )
+        expect(
+            not hooked,
+            "model",
+            "have no hooks on its parameters",
+            f"hooks on {', '.join(hooked)}",
+            "remove masks and other hooks first",
+        )
         self._tensors: dict[str, Tensor] = {}
-        # Parameter -> its name, the indices that stay, and a parameter with these alone.
+        # Parameter -> its name, the indices to keep, and a parameter with only these.
         self._new: dict[nn.Parameter, tuple[str, Mapping[int, Tensor], nn.Parameter]] = {}
         for name, indices in kept.items():
             old = present[name]
@@ -130,7 +133,7 @@ class _Cut:
                 self._tensors[name], self._new[old] = new, (name, indices, new)
 
     def attributes(self) -> dict[tuple[nn.Module, str], Any]:
-        """The new values of attributes of layers: tensors, and how many channels there are."""
+        """The new attributes of layers: tensors and numbers of channels."""
         values: dict[tuple[nn.Module, str], Any] = {}
         for name, tensor in self._tensors.items():
             owner, _, attribute = name.rpartition(".")
@@ -141,40 +144,43 @@ class _Cut:
         return values
 
     def states(self, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
-        """The optimizer's state of the parameters as they will be.
+        """The optimizer state for the smaller parameters.
 
         Raises:
-            ValueError: If it is not of their shape.
+            ValueError: If it does not have the shape of the parameters.
         """
-        own = [p for group in optimizer.param_groups for p in group["params"] if p in self._new]
+        cut = [p for group in optimizer.param_groups for p in group["params"] if p in self._new]
         kind = type(optimizer).__name__
-        if own and isinstance(optimizer, LBFGS):
-            raise ValueError(
-                f"`optimizers` are expected to hold their state per parameter, but {kind} joins "
-                "all; leave it out, and make a new one after channels were removed"
-            )
+        expect(
+            not (cut and isinstance(optimizer, LBFGS)),
+            "optimizers",
+            "have a separate state for each parameter",
+            kind,
+            "leave it out, and create a new one after removing channels",
+        )
         states = {}
-        for old in own:
+        for old in cut:
             name, indices, _ = self._new[old]
             if old in optimizer.state:
                 states[old] = dict(optimizer.state[old])
             for key, value in states.get(old, {}).items():
                 if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-                    if not _follows(value, old):
-                        raise ValueError(
-                            "`optimizers` are expected to hold tensors of the shape of their "
-                            f"parameters, or single numbers, but {kind} has another as {key!r} of "
-                            f"{name}; make a new optimizer after channels were removed"
-                        )
+                    expect(
+                        _matches(value, old),
+                        "optimizers",
+                        "hold tensors of the shape of their parameters, or scalars",
+                        f"another shape for {key!r} of {name} in {kind}",
+                        "create a new optimizer after removing channels",
+                    )
                     states[old][key] = _entries(value, indices, old)
         return states
 
     def keep_parameters(self) -> None:
-        """Put the parameters back into their places, with the entries that stay."""
+        """Put the original parameters back, with the entries to keep."""
         for old, (name, _, new) in self._new.items():
             old.grad = None
-            # By way of another dtype, or autograd would go by the old shape as long as a graph of
-            # the old one is alive.
+            # Through another dtype: otherwise autograd expects the old shape while a graph with the
+            # old tensor is alive.
             wide = torch.float32 if old.dtype == torch.float64 else torch.float64
             old.data = torch.empty(0, dtype=wide, device=old.device)
             old.data, old.grad = new.data, new.grad
@@ -183,9 +189,10 @@ class _Cut:
 
 
 def _entries(tensor: Tensor, kept: Mapping[int, Tensor], parameter: Tensor | None = None) -> Tensor:
-    """The entries that stay, in the memory layout there was, as channels_last.
+    """The entries to keep, in the same memory format.
 
-    Where a state of an optimizer has one entry for all those of its parameter, it stays.
+    With a `parameter`, dimensions whose size differs from the parameter's are not cut, such as
+    those of size 1 in optimizer state.
     """
     result = tensor.detach()
     for dim, indices in kept.items():
@@ -194,24 +201,24 @@ def _entries(tensor: Tensor, kept: Mapping[int, Tensor], parameter: Tensor | Non
     return laid_out_as(result, tensor)
 
 
-def _follows(value: Any, parameter: Tensor) -> bool:
-    """Whether a state has an entry for each of the parameter's, along some of its dimensions."""
+def _matches(value: Any, parameter: Tensor) -> bool:
+    """Whether optimizer state has, in each dimension, the size of the parameter or 1."""
     if not isinstance(value, Tensor):
         return False
     if value.numel() == 1:
         return True
     pairs = zip(value.shape, parameter.shape, strict=False)
-    return value.dim() == parameter.dim() and all(own in (1, size) for own, size in pairs)
+    return value.dim() == parameter.dim() and all(length in (1, size) for length, size in pairs)
 
 
 def _sizes(module: nn.Module, attribute: str, tensor: Tensor) -> dict[str, int]:
-    """The numbers of channels a layer notes, read from a tensor of it."""
+    """The attributes of a layer that hold numbers of channels, read from one of its tensors."""
     if isinstance(module, nn.Linear) and attribute == "weight":
         return {"in_features": tensor.shape[1], "out_features": tensor.shape[0]}
     if isinstance(module, _ConvNd) and attribute == "weight":
         dim = 1 if isinstance(module, _ConvTransposeNd) else 0
         filters, inputs = tensor.shape[dim], tensor.shape[1 - dim]
-        # Groups stay or go whole.
+        # Groups are removed as a whole.
         groups = module.groups * filters // module.out_channels if module.groups > 1 else 1
         return {"in_channels": inputs * groups, "out_channels": filters, "groups": groups}
     if isinstance(module, NORMS):
@@ -222,7 +229,7 @@ def _sizes(module: nn.Module, attribute: str, tensor: Tensor) -> dict[str, int]:
 
 
 def _swap(attributes: Mapping[tuple[nn.Module, str], Any]) -> dict[tuple[nn.Module, str], Any]:
-    """Give modules these attributes; returns what they were."""
+    """Set attributes of modules and return the old ones."""
     before = {(module, name): getattr(module, name) for module, name in attributes}
     for (module, name), value in attributes.items():
         setattr(module, name, value)

@@ -1,4 +1,4 @@
-"""How operations without weights of their own carry channels from their inputs to their output."""
+"""How operations without weights propagate channels from their inputs to their output."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Entries:
     Args:
         name: Qualified name of the parameter or buffer.
         dim: The dimension along which it has one entry per channel.
-        channels: Those channels.
-        written: Whether the entries are what a layer computes the channels with.
+        channels: The channels of its entries.
+        written: Whether a layer computes the channels with these entries.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Entries:
 
 
 class Rule:
-    """How one operation carries channels; this one is for those that are not understood.
+    """How one operation propagates channels; this base class is for unsupported operations.
 
-    It reads all channels of its inputs and needs all of them to stay.
+    These read all channels of their inputs, and all of them must be kept.
 
     Args:
         traced: The graph, with the layers.
-        flow: What is known of the values.
+        flow: What is known about the values.
         node: The operation.
     """
 
@@ -51,37 +51,37 @@ class Rule:
 
     @property
     def module(self) -> Any:
-        """The layer that is called; None if a function is."""
+        """The layer that is called; None for a function."""
         if self.node.op != "call_module":
             return None
         return self.traced.get_submodule(str(self.node.target))
 
     def forward(self) -> bool:
-        """Note what is known of the result; False if the operation turns out not to fit."""
+        """Propagate channels and constants to the result; False if that is not supported."""
         for source in self.node.all_input_nodes:
             self.flow.pin(source)
         return True
 
     def backward(self) -> None:
-        """Note which channels of the inputs are needed."""
+        """Propagate which channels are needed to the inputs."""
         for source in self.node.all_input_nodes:
             if source in self.flow.values:
                 self.flow.values[source].needed[:] = True
 
     def entries(self) -> Iterator[Entries]:
-        """The tensors that have entries per channel."""
+        """The tensors with an entry for each channel."""
         return iter(())
 
     def cut(self) -> bool:
-        """Remove what does not stay; True if more than the layer has changed."""
+        """Remove channels that are not kept; True if the graph has changed."""
         return False
 
 
 class Sizes(Rule):
-    """Reads the shape of a tensor, not what is in it."""
+    """Reads the shape of a tensor, not its values."""
 
     def forward(self) -> bool:
-        """Let the channels stay whose number is read."""
+        """Keep all channels if their number is read."""
         source = self.node.all_input_nodes[0]
         channels = self.flow.values.get(source)
         if channels is None or self._reads(channels.dim, len(source.meta["shape"])):
@@ -89,7 +89,7 @@ class Sizes(Rule):
         return True
 
     def backward(self) -> None:
-        """Need nothing."""
+        """No channel is needed."""
 
     def _reads(self, dim: int, ndim: int) -> bool:
         attribute = self.node.args[1] if self.node.op == "call_function" else self.node.target
@@ -113,18 +113,18 @@ def _chosen(dims: range, index: int | slice) -> tuple[int, ...]:
     return tuple(dims[index]) if isinstance(index, slice) else (dims[index],)
 
 
-class Held(Rule):
-    """A parameter or buffer that operations compute with, such as a scale for each channel.
+class TensorAttribute(Rule):
+    """A parameter or buffer that operations use directly, such as a scale for each channel.
 
-    Of a vector it is clear where its channels lie; of others, as learned positions, whoever takes
-    them says so.
+    The channel dimension of a vector is clear. For others, such as position embeddings, it follows
+    from the operations that use them.
     """
 
     def forward(self) -> bool:
-        """Note its values."""
+        """Read its values."""
         node, flow = self.node, self.flow
-        flow.held[node] = attribute_of(self.traced, str(node.target)).detach()
-        if node.target not in flow.own:
+        flow.tensors[node] = attribute_of(self.traced, str(node.target)).detach()
+        if node.target not in flow.unshared:
             flow.pin(node)
         long = [dim for dim, size in enumerate(node.meta["shape"]) if size > 1]
         if len(long) == 1:
@@ -132,13 +132,13 @@ class Held(Rule):
         return True
 
     def entries(self) -> Iterator[Entries]:
-        """Itself."""
+        """The tensor itself."""
         if self.node in self.flow.values:
             channels = self.flow.values[self.node]
             yield Entries(str(self.node.target), channels.dim, channels)
 
     def cut(self) -> bool:
-        """Cut it."""
+        """Cut the tensor."""
         channels = self.flow.values.get(self.node)
         if channels is None or self.flow.kept(channels).all():
             return False
@@ -154,17 +154,16 @@ class Held(Rule):
 
 
 class Pointwise(Rule):
-    """Computes each element from those at the same place, as activations, sums and batch norm do.
+    """An elementwise operation, such as an activation, a sum or batch norm.
 
-    Tensors that belong to a layer (the statistics of a batch norm) may differ from channel to
-    channel.
+    It may use tensors of its layer with an entry per channel, such as batch norm statistics.
     """
 
     def forward(self) -> bool:
-        """Tie the channels of all inputs together."""
+        """Couple the channels of all inputs."""
         flow, node = self.flow, self.node
         shape, sources = node.meta["shape"], tensor_inputs(node)
-        # A parameter does not say where the channels of what it scales lie.
+        # The shape of a parameter does not show the channel dimension of what it scales.
         telling = [source for source in sources if not of_parameters(source)] or sources
         dims = {
             channels.dim + len(shape) - len(source.meta["shape"])
@@ -175,17 +174,19 @@ class Pointwise(Rule):
         if len(dims) != 1:
             return False
         dim = dims.pop()
-        if dim >= len(shape) or (self.module is not None and len(self._own()) and dim != 1):
+        if dim >= len(shape) or (
+            self.module is not None and len(self._channel_tensors()) and dim != 1
+        ):
             return False
         self.operands: list[Channels] = []
         self.broadcast: list[fx.Node] = []
         self.dim, size = dim, shape[dim]
         for source in sources:
-            own = dim - len(shape) + len(source.meta["shape"])
-            if own < 0 or source.meta["shape"][own] != size:
+            source_dim = dim - len(shape) + len(source.meta["shape"])
+            if source_dim < 0 or source.meta["shape"][source_dim] != size:
                 self.broadcast.append(source)
             else:
-                channels = flow.along(source, own)
+                channels = flow.along(source, source_dim)
                 if channels is None:
                     return False
                 self.operands.append(channels)
@@ -197,7 +198,7 @@ class Pointwise(Rule):
         return True
 
     def backward(self) -> None:
-        """Need of every input what is wanted of the result."""
+        """Each channel of the inputs is needed if it is wanted in the result."""
         wanted = self.flow.values[self.node].wanted
         for channels in self.operands:
             channels.needed |= wanted
@@ -206,28 +207,28 @@ class Pointwise(Rule):
                 self.flow.values[source].needed |= bool(wanted.any())
 
     def entries(self) -> Iterator[Entries]:
-        """Batch norm's tensors, and weights of PReLU."""
+        """The tensors of batch norm and the weight of PReLU."""
         channels = self.flow.values[self.node]
-        for name in self._own():
+        for name in self._channel_tensors():
             yield Entries(f"{self.node.target}.{name}", 0, channels)
 
     def cut(self) -> bool:
-        """Cut the tensors that belong to the layer."""
+        """Cut the tensors of the layer."""
         kept = self.flow.kept(self.flow.values[self.node])
         if kept.all():
             return False
-        for name in self._own():
+        for name in self._channel_tensors():
             tensor = getattr(self.module, name)[kept]
             if isinstance(getattr(self.module, name), nn.Parameter):
                 tensor = nn.Parameter(tensor.detach(), getattr(self.module, name).requires_grad)
             setattr(self.module, name, tensor)
         for attribute in ("num_features", "num_parameters"):
-            if hasattr(self.module, attribute) and self._own():
+            if hasattr(self.module, attribute) and self._channel_tensors():
                 setattr(self.module, attribute, int(kept.sum()))
         return False
 
-    def _own(self) -> list[str]:
-        """The layer's tensors that have an entry per channel."""
+    def _channel_tensors(self) -> list[str]:
+        """The tensors of the layer with an entry per channel."""
         if isinstance(self.module, NORMS):
             names = ("weight", "bias", "running_mean", "running_var")
             return [name for name in names if getattr(self.module, name) is not None]
@@ -235,7 +236,7 @@ class Pointwise(Rule):
         return ["weight"] if per_channel else []
 
     def _note_constants(self, result: Channels) -> None:
-        """Compute the operation on one element per channel, which is enough for constants."""
+        """Evaluate the operation on one element per channel, enough for constants."""
         size = len(result.atoms)
         inputs: dict[fx.Node, Tensor] = {}
         known = torch.ones(size, dtype=torch.bool)
@@ -243,19 +244,18 @@ class Pointwise(Rule):
         for source in tensor_inputs(self.node):
             ndim = len(source.meta["shape"])
             if source in self.broadcast:
-                own_known = torch.zeros(1, dtype=torch.bool)
+                source_known = torch.zeros(1, dtype=torch.bool)
                 constant = torch.zeros(1, dtype=source.meta["dtype"])
-                if source in self.flow.held:
-                    own_known, constant = same_in_rows(self.flow.held[source].reshape(1, -1))
+                if source in self.flow.tensors:
+                    source_known, constant = same_in_rows(self.flow.tensors[source].reshape(1, -1))
             else:
-                own_known = self.flow.values[source].known
+                source_known = self.flow.values[source].known
                 constant = self.flow.values[source].constant
-            known &= own_known
-            zero |= own_known & (constant == 0)
-            own = self.dim - len(self.node.meta["shape"]) + ndim
+            known &= source_known
+            zero |= source_known & (constant == 0)
             shape = [1] * ndim
             if len(constant) > 1:
-                shape[own] = size
+                shape[self.dim - len(self.node.meta["shape"]) + ndim] = size
             inputs[source] = constant.reshape(shape).clone()
         if isinstance(self.module, NORMS) and self.module.weight is not None:
             known |= self.module.weight == 0
@@ -268,10 +268,10 @@ class Pointwise(Rule):
 
 
 class Carried(Rule):
-    """Hands every channel on as one channel, or, when flattening, as a run of them.
+    """Maps each channel to one channel or, when flattening, to a run of features.
 
     Args:
-        only_zeros: Whether of all constants only zero stays what it is, as under zero padding.
+        only_zeros: Whether only constants of zero stay constant, as with zero padding.
     """
 
     def __init__(
@@ -281,14 +281,14 @@ class Carried(Rule):
         self.only_zeros = only_zeros
 
     def forward(self) -> bool:
-        """See where the channels go."""
+        """Find the channel dimension of the result."""
         source = tensor_inputs(self.node)[0]
         channels = self.flow.values.get(source)
         if channels is None:
             return False
         shape, result_shape = list(source.meta["shape"]), self.node.meta["shape"]
         size = shape[channels.dim]
-        # One channel more shows where the channels go, and that no size is written into the code.
+        # One more channel shows the channel dimension, and that no size is hard-coded.
         shape[channels.dim] += 1
         probe = torch.empty(shape, dtype=source.meta["dtype"], device="meta")
         try:
@@ -317,7 +317,7 @@ class Carried(Rule):
         return True
 
     def _drops_a_dimension_of_size_one(self, source: fx.Node, probe: Tensor) -> bool:
-        """Whether a single channel would have no dimension, as after `squeeze()`."""
+        """Whether a single channel would lose its dimension, as after `squeeze()`."""
         if flattens(self.node):
             return False
         one = probe.narrow(self.flow.values[source].dim, 0, 1)
@@ -326,16 +326,16 @@ class Carried(Rule):
 
     @property
     def has_size_in_code(self) -> bool:
-        """Whether the number of features is written down, as in `x.view(-1, 512)`."""
+        """Whether the number of features is hard-coded, as in `x.view(-1, 512)`."""
         return flattens(self.node) and tree_leaves(self.node.args)[-1] != -1
 
     def backward(self) -> None:
-        """Need a channel if any of its run is wanted."""
+        """A channel is needed if any feature of its run is wanted."""
         wanted = self.flow.values[self.node].wanted
         self.source.needed |= wanted.reshape(-1, self.run).any(1)
 
     def cut(self) -> bool:
-        """Write no size into the code that has changed."""
+        """Replace a hard-coded number of features that has changed."""
         if not self.has_size_in_code or self.flow.kept(self.flow.values[self.node]).all():
             return False
         self.node.op, self.node.target = "call_function", torch.flatten
@@ -344,10 +344,10 @@ class Carried(Rule):
 
 
 class Concatenated(Rule):
-    """torch.cat along the channels."""
+    """torch.cat along the channel dimension."""
 
     def forward(self) -> bool:
-        """Put the channels of all inputs beside each other."""
+        """Concatenate the channels of all inputs."""
         node, flow = self.node, self.flow
         sources: Any = node.args[0]
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -362,7 +362,7 @@ class Concatenated(Rule):
         return True
 
     def backward(self) -> None:
-        """Need of every input what is wanted of its part."""
+        """Each channel of the inputs is needed if it is wanted in the result."""
         parts = self.flow.values[self.node].wanted.split([len(o.atoms) for o in self.operands])
         for channels, wanted in zip(self.operands, parts, strict=True):
             channels.needed |= wanted
@@ -388,13 +388,13 @@ def attribute_of(traced: fx.GraphModule, path: str) -> Tensor:
 
 
 def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor in the memory layout of another, such as channels_last."""
+    """A tensor in the memory format of another, such as channels_last."""
     order = sorted(range(other.dim()), key=other.stride, reverse=True)
     return tensor.permute(order).contiguous().permute([order.index(d) for d in range(other.dim())])
 
 
 def flattens(node: fx.Node) -> bool:
-    """Whether a view or reshape makes one dimension of all but the first."""
+    """Whether a view or reshape flattens all dimensions but the first."""
     if node.op != "call_method" or node.target not in ("view", "reshape"):
         return False
     before, after = node.args[0].meta["shape"], node.meta["shape"]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Take subclasses of PyTorch's layers for what they compute, such as timm's BatchNormAct2d."""
+"""Trace through subclasses of PyTorch's layers, such as timm's BatchNormAct2d."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import fx, nn
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTION = ("weight bias", "stride padding dilation groups")
 _TRANSPOSED = ("weight bias", "stride padding output_padding groups dilation")
-# What layers compute with: those layers, and the names of the arguments after the input, those that
-# are tensors of the layer and its options.
+# Function -> the layers that call it, and the names of its arguments after the input: tensors and
+# options of the layer.
 _FUNCTIONS: dict[Any, tuple[tuple[type[nn.Module], ...], str, str]] = {
     F.linear: ((nn.Linear,), "weight bias", ""),
     F.conv1d: ((nn.Conv1d,), *_CONVOLUTION),
@@ -35,10 +35,10 @@ LAYERS = tuple(kind for kinds, _, _ in _FUNCTIONS.values() for kind in kinds)
 
 
 class SubclassTracer(fx.Tracer):
-    """Opens layers that come with a `forward` of their own, to see what they make of their base's.
+    """Traces through subclasses of layers with their own `forward`.
 
-    One whose code cannot be followed stays whole, of whatever layer it is one. That may be because
-    it counts pixels, as timm's Conv2dSame does, and another tracer that is told of `sizes` can.
+    A subclass that cannot be traced remains a leaf. If its code depends on the input size, as that
+    of timm's Conv2dSame does, a tracer that is given `sizes` can trace it.
 
     Args:
         sizes: Qualified names of layers -> shape of their input.
@@ -54,10 +54,10 @@ class SubclassTracer(fx.Tracer):
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is PyTorch's own, and does what its class does."""
+        """Whether a module is one of PyTorch's layers, without changes."""
         subclass = isinstance(m, LAYERS) and type(m) not in LAYERS
-        own = subclass or "forward" in vars(m)
-        return not own and super().is_leaf_module(m, module_qualified_name)
+        changed = subclass or "forward" in vars(m)
+        return not changed and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
@@ -66,18 +66,18 @@ class SubclassTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Follow the code of a module, or note that it is called."""
+        """Trace through a module, or record a call of it."""
         before, stack = len(self.graph.nodes), self.module_stack.copy()
         if isinstance(m, LAYERS) and (path := self.path_of_module(m)) in self.sizes:
             args = (_Sized(args[0].node, self, self.sizes[path]), *args[1:])
             self.param_shapes_constant = True
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:  # it is the layer's own code
+        except Exception:  # the layer's own code can raise anything
             if not _extends_a_layer(m):
                 raise
             for node in reversed(list(self.graph.nodes)[before:]):
-                if node.op != "get_attr":  # others are given the same
+                if node.op != "get_attr":  # others may use the same
                     self.graph.erase_node(node)
             self.module_stack = stack
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
@@ -86,13 +86,13 @@ class SubclassTracer(fx.Tracer):
 
 
 def _extends_a_layer(module: nn.Module) -> bool:
-    """Whether its class or a base of it is a layer of PyTorch, such as `nn.LSTM`."""
+    """Whether it is a layer of PyTorch or a subclass of one, such as `nn.LSTM`."""
     places = {base.__module__ for base in type(module).__mro__} - _NO_LAYERS
     return any(place.startswith("torch.nn.") for place in places)
 
 
 class _Sized(fx.Proxy):
-    """A value of known size, whatever the number of samples."""
+    """A value of known size, except for the batch size."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, sizes: Sequence[int]) -> None:
         super().__init__(node, tracer)
@@ -116,10 +116,10 @@ class _Sized(fx.Proxy):
 
 
 def closed_layers(traced: fx.GraphModule) -> dict[str, Sequence[int]]:
-    """The layers that a tracer could not open: qualified name -> shape of their input.
+    """The subclasses of layers that could not be traced: qualified name -> shape of their input.
 
     Args:
-        traced: What a `SubclassTracer` made of a model, with the shapes of its values.
+        traced: A graph from a `SubclassTracer`, with the shapes of its values.
     """
     called = [node for node in traced.graph.nodes if node.op == "call_module" and node.args]
     times = Counter(node.target for node in called)
@@ -135,18 +135,18 @@ def closed_layers(traced: fx.GraphModule) -> dict[str, Sequence[int]]:
 
 
 def recognise(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
-    """Let a graph call layers again where opening them showed nothing but what their base computes.
+    """Turn function calls back into layer calls where they do what the base layer does.
 
-    So `BatchNormAct2d` becomes a batch norm and an activation. A layer whose weights are computed
-    anew in every call, as under weight standardisation, is not one of them.
+    For example, `BatchNormAct2d` becomes a batch norm and an activation. Layers that recompute
+    their weights, as in weight standardisation, are not recognised.
 
     Args:
-        model: What was traced.
-        graph: By a `SubclassTracer`; it is changed.
+        model: The traced model.
+        graph: Its graph from a `SubclassTracer`; modified in place.
 
     Returns:
-        Qualified name -> the layer as one of its base class. It and the layer of the model are one:
-        what is set in one is set in both.
+        Qualified name -> the layer as an instance of its base class. It shares its attributes with
+        the layer of the model.
 
     Example:
         >>> class Squared(nn.Linear):
@@ -176,9 +176,9 @@ def recognise(model: nn.Module, graph: fx.Graph) -> dict[str, nn.Module]:
 
 
 def _is_shared(path: str, graph: fx.Graph, layers: Collection[str]) -> bool:
-    """Whether putting another module at `path` would put it into a module of the model."""
+    """Whether replacing the module at `path` would change a module that the graph calls."""
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    within = any(path.startswith(f"{whole}.") for whole in called)
+    within = any(path.startswith(f"{outer}.") for outer in called)
     return within or any(layer.startswith(f"{path}.") for layer in layers)
 
 
@@ -189,7 +189,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _owner(given: dict[str, Any]) -> str:
-    """The module whose tensors are given."""
+    """The module whose tensors are among the arguments."""
     for name in ("weight", "running_mean"):
         tensor = given.get(name)
         if isinstance(tensor, fx.Node) and tensor.op == "get_attr":
@@ -205,22 +205,22 @@ def _computed(
     tensors: str,
     options: str,
 ) -> type[nn.Module] | None:
-    """Which kind of layer a module is if these arguments are those of that kind's `forward`."""
+    """The layer type whose `forward` passes exactly these arguments, if the module is one."""
     kind = next((kind for kind in kinds if isinstance(module, kind)), None)
-    own: Any = module
-    if kind is None or own._forward_hooks or own._forward_pre_hooks or "forward" in vars(own):
+    layer: Any = module
+    if kind is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return None
     expected = {
-        **{name: getattr(own, name, None) for name in options.split()},
+        **{name: getattr(layer, name, None) for name in options.split()},
         **{"training": False, "momentum": given.get("momentum")},
     }
-    same = all(_equal(given[name], expected[name]) for name in options.split())
-    plain = getattr(own, "padding_mode", "zeros") == "zeros"
-    held = all(
-        _is(given.get(name), None if getattr(own, name) is None else f"{path}.{name}")
+    same_options = all(_equal(given[name], expected[name]) for name in options.split())
+    plain = getattr(layer, "padding_mode", "zeros") == "zeros"
+    same_tensors = all(
+        _is(given.get(name), None if getattr(layer, name) is None else f"{path}.{name}")
         for name in tensors.split()
     )
-    return kind if same and plain and held else None
+    return kind if same_options and plain and same_tensors else None
 
 
 def _equal(given: Any, expected: Any) -> bool:
@@ -243,7 +243,7 @@ def _as_one_of(kind: type[nn.Module], module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _dimensions_unchecked() -> Iterator[None]:
-    """Let batch norm take its input without counting its dimensions: tracing does not know them."""
+    """Disable the dimension check of batch norm, as proxies have no known dimensions."""
     checks = {kind: vars(kind)["_check_input_dim"] for kind in _NORMS}
     try:
         for kind in _NORMS:

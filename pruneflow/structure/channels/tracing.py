@@ -1,4 +1,4 @@
-"""Follow a model's values through its forward pass, as a graph of torch.fx."""
+"""Trace the forward pass of a model with torch.fx."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pruneflow.structure.channels.subclasses import SubclassTracer, closed_layer
 from pruneflow.structure.parameters import wrapped
 from pruneflow.structure.running import Example, arguments, clone
 
-# `x += y` and the like, and what they are where x cannot be changed, as a number.
+# In-place operators -> the same out of place, for values such as numbers.
 _OPERATORS = {
     getattr(operator, f"i{name.rstrip('_')}"): getattr(operator, name)
     for name in (
@@ -27,22 +27,22 @@ _OPERATORS = {
 
 
 def trace(model: nn.Module, example_input: Example, *, fixed_size: bool = False) -> fx.GraphModule:
-    """Record the forward pass of `model` on the arguments that the example has, and no others.
+    """Trace the forward pass of a model for the arguments in an example input.
 
-    PyTorch's own layers stay whole; `nn.TransformerEncoder` is opened, and so are subclasses of
-    layers, see `recognise`. Every node whose value is a tensor gets its shape and dtype in
-    `node.meta`. Whoever reads a tensor after it was written in place reads the node that wrote it.
-    Numbers, strings and None among the arguments are those of the example; the graph asserts that.
+    PyTorch's own layers are leaves, except `nn.TransformerEncoder`; subclasses of layers are traced
+    through, see `recognise`. Each node with a tensor gets its shape and dtype in `node.meta`. Reads
+    of a tensor after an in-place operation become reads of the node of that operation. Numbers,
+    strings and None among the arguments are constants of the graph, which asserts their values.
 
     Args:
-        model: In evaluation mode. The result shares its layers.
-        example_input: What `model` takes; it is not changed.
-        fixed_size: Whether the graph is for inputs of this size alone, so that layers can be opened
-            whose code depends on it.
+        model: The model in evaluation mode. The result shares its layers.
+        example_input: An input batch; it is not modified.
+        fixed_size: Whether the graph is for inputs of this size only, so that layers whose code
+            depends on it can be traced.
 
     Raises:
-        ValueError: If the model does not take the example, if torch.fx cannot trace the model, or
-            if what it recorded does not run.
+        ValueError: If the model does not accept the example input, torch.fx cannot trace it, or the
+            traced graph fails.
 
     Example:
         >>> traced = trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU()).eval(), torch.zeros(5, 2))
@@ -62,16 +62,17 @@ def _traced(
         given = inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise ValueError(
-            f"`example_input` must be what {type(model).__name__} takes, got {error}; give a "
-            "tensor, a tuple of positional arguments or a dict of keyword arguments"
+            f"`example_input` must be a valid input of {type(model).__name__}, got TypeError: "
+            f"{error}; pass a tensor, a tuple of positional arguments or a dict of keyword "
+            "arguments"
         ) from error
     tracer = _Tracer(given, sizes)
     try:
         graph = tracer.trace(model)
     except Exception as error:  # tracing runs the model's own code, which can raise anything
-        raise _untraceable(model, "tracing", error) from error
+        raise _untraceable(model, "while tracing", error) from error
     for node in reversed(graph.nodes):
-        if node.target is operator.getitem and not node.users:  # as of `_` in `x, _ = ...`
+        if node.target is operator.getitem and not node.users:  # such as `_` in `x, _ = ...`
             graph.erase_node(node)
     layers = recognise(model, graph)
     traced = fx.GraphModule(model, graph, class_name=type(model).__name__)
@@ -80,29 +81,29 @@ def _traced(
     try:
         _Values(traced, given).note()
         tracer.check_constants()
-    except Exception as error:  # so does running what was recorded
-        raise _untraceable(model, "running what was traced of", error) from error
+    except Exception as error:  # so does running the graph
+        raise _untraceable(model, "while running the traced graph of", error) from error
     _read_what_was_written(traced.graph)
     return traced
 
 
-def _untraceable(model: nn.Module, what: str, error: Exception) -> ValueError:
+def _untraceable(model: nn.Module, when: str, error: Exception) -> ValueError:
     message = str(error).strip().partition("\n")[0]
     return ValueError(
-        f"`model` is expected to be traceable by torch.fx, but {what} {type(model).__name__} "
-        f"ended with: {message or type(error).__name__}; move control flow that depends on tensors "
-        "out of `forward`, hide it in a function behind torch.fx.wrap, or give the part of the "
-        "model that can be traced"
+        f"`model` must be traceable by torch.fx, got an error {when} {type(model).__name__}: "
+        f"{message or type(error).__name__}; move control flow that depends on tensors out of "
+        "`forward` or into a function wrapped by torch.fx.wrap, or pass only the part of the model "
+        "that can be traced"
     )
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose tensors `node` computes with."""
+    """The inputs of a node that are tensors."""
     return [source for source in node.all_input_nodes if "shape" in source.meta]
 
 
 def given_tensors(graph: fx.Graph) -> list[fx.Node]:
-    """The tensors among the arguments, be they in lists and dicts."""
+    """The tensors among the arguments of a graph, including those in lists and dicts."""
     given: set[Any] = {node for node in graph.nodes if node.op == "placeholder"}
     for node in graph.nodes:
         is_part = node.target is operator.getitem and node.args[0] in given
@@ -112,17 +113,17 @@ def given_tensors(graph: fx.Graph) -> list[fx.Node]:
 
 
 def of_parameters(node: fx.Node) -> bool:
-    """Whether a value is computed from parameters and buffers alone."""
+    """Whether a value is computed from parameters and buffers only."""
     return node.op == "get_attr" or node.meta.get("of_parameters", False)
 
 
 def is_in_place(node: fx.Node) -> bool:
-    """Whether a node writes over one of its inputs."""
+    """Whether a node modifies one of its inputs."""
     return bool(node.meta.get("written"))
 
 
 def out_of_place(node: fx.Node) -> None:
-    """Let a node that adds, subtracts, multiplies or divides make a new tensor."""
+    """Make an in-place arithmetic node out of place."""
     node.meta["written"] = ()
     if node.op == "call_method":
         node.target = str(node.target).removesuffix("_")
@@ -136,7 +137,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 
 def _read_what_was_written(graph: fx.Graph) -> None:
-    """Let whoever reads a tensor after it was written in place read the result."""
+    """Replace reads of a tensor after an in-place operation by reads of its result."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.meta.pop("is_its_input", False):
@@ -147,11 +148,11 @@ def _read_what_was_written(graph: fx.Graph) -> None:
 
 
 class Storage:
-    """Which values may share memory, so that writing over one is seen in another.
+    """Which values may share memory, so that modifying one changes the other.
 
     Args:
         traced: The graph.
-        fresh: Whether a node that does not work in place is sure to make a new tensor.
+        fresh: Whether a node that is not in place always returns a new tensor.
     """
 
     def __init__(self, traced: fx.GraphModule, fresh: Callable[[fx.Node], bool]) -> None:
@@ -172,9 +173,9 @@ class Storage:
                 self._sharing[member] = family
 
     def overwritten(self) -> set[fx.Node]:
-        """Values that are read again after they, or what shares their memory, were written over.
+        """Values that are read again after their memory was modified.
 
-        What belongs to the model is read again in the next call.
+        Tensors of the model are read again in the next call.
         """
         return {
             member
@@ -185,7 +186,7 @@ class Storage:
         }
 
     def can_stand_for(self, value: fx.Node, node: fx.Node) -> bool:
-        """Whether `value` may be given to all that read `node`, which computes just that."""
+        """Whether `value` may replace `node`, which has the same value."""
         others = (self._sharing[node] | self._sharing[value]) - {node}
         written = any(member in self._in_place for member in others)
         return not (written and self._read_later(value, node))
@@ -199,14 +200,14 @@ class Storage:
 
 
 class _Proxy(fx.Proxy):
-    """Records what Python writes in place, where torch.fx would record a new value or fail."""
+    """Records in-place operators and assignments, which torch.fx does not support."""
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
-            raise TypeError("`x.data = ...` cannot be recorded, use `x.copy_(...)`")
+            raise TypeError("`x.data = ...` cannot be traced, use `x.copy_(...)`")
         super().__setattr__(name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -214,7 +215,7 @@ class _Proxy(fx.Proxy):
 
 
 class _Attribute(_Proxy, fx.proxy.Attribute):
-    """An attribute that may be a view, as `x.T`."""
+    """An attribute that may be a view, such as `x.T`."""
 
 
 def _recording(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], Any]:
@@ -229,14 +230,14 @@ for _function in _OPERATORS:
 
 
 class _Tracer(SubclassTracer):
-    """Records arithmetic in place as such, and PyTorch's own layers as a whole.
+    """Records in-place arithmetic, with PyTorch's own layers as leaves.
 
     Args:
-        given: The arguments; None for those in the signature, as unpickling a traced model asks.
+        given: The arguments; None for those of the signature, needed to unpickle traced models.
         sizes: See `SubclassTracer`.
     """
 
-    proxy_buffer_attributes = True  # what is computed from them, as FrozenBatchNorm2d does, is seen
+    proxy_buffer_attributes = True  # to trace computations with buffers, as in FrozenBatchNorm2d
 
     def __init__(
         self,
@@ -256,13 +257,13 @@ class _Tracer(SubclassTracer):
         buffers = [(module._buffers, module._buffers.copy()) for module in root.modules()]
         try:
             graph = super().trace(root, concrete_args)
-            if not any(isinstance(b, fx.Proxy) for held, _ in buffers for b in held.values()):
+            if not any(isinstance(b, fx.Proxy) for table, _ in buffers for b in table.values()):
                 return graph
-        except Exception:  # it is the model's own code
+        except Exception:  # the model's own code can raise anything
             pass
-        # It looks at a buffer, or assigns to one, as `self.count += 1` does: they are tensors then.
-        for held, before in buffers:
-            held.update(before)
+        # It branches on a buffer, or assigns to one, as in `self.count += 1`: keep them as tensors.
+        for table, before in buffers:
+            table.update(before)
         self.proxy_buffer_attributes = False
         self._made.clear()
         return super().trace(root, concrete_args)
@@ -273,19 +274,21 @@ class _Tracer(SubclassTracer):
         is_module: bool,
         concrete_args: dict[str, Any] | tuple[Any, ...] | None = None,
     ) -> tuple[Any, list[Any]]:
-        """Proxies of the arguments given; all others keep their defaults."""
+        """Proxies for the given arguments; all others keep their defaults."""
         if self._given is None:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
         given = copy.copy(self._given)
         given.arguments = {
-            name: self._take(self.create_proxy("placeholder", _place(given, name), (), {}), value)
+            name: self._argument(
+                self.create_proxy("placeholder", _placeholder(given, name), (), {}), value
+            )
             for name, value in given.arguments.items()
         }
-        # As the model is called: an instance may have a `forward` of its own.
+        # Not the method of the class: an instance may have its own `forward`.
         return lambda root: root.forward(*given.args, **given.kwargs), [self.root]
 
     def create_arg(self, a: Any) -> Any:
-        """What stands for a value in the graph; a tensor that `forward` makes is kept."""
+        """The argument for a value in the graph; tensors created in `forward` become constants."""
         known = len(self.tensor_attrs)
         result = super().create_arg(a)
         if isinstance(a, Tensor) and len(self.tensor_attrs) > known:
@@ -293,33 +296,34 @@ class _Tracer(SubclassTracer):
         return result
 
     def check_constants(self) -> None:
-        """Refuse tensors that are kept but written: the next call would find what this one wrote.
+        """Check that constants of the graph are not modified, which would affect the next call.
 
         Raises:
-            TypeError: If there is one.
+            TypeError: If one is modified.
         """
         if any(tensor._version != version for tensor, version in self._made.items()):
             raise TypeError(
-                "`forward` writes to a tensor that it makes without its inputs, use "
-                "`x.new_zeros(...)` and the like"
+                "`forward` modifies a tensor that it creates independently of its inputs, create "
+                "it with `x.new_zeros(...)` or similar"
             )
 
-    def _take(self, place: Any, value: Any) -> Any:
-        """An argument for the model's code, which may depend on all that is no tensor."""
+    def _argument(self, proxy: Any, value: Any) -> Any:
+        """An argument for the model's code, with proxies for tensors only."""
         if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-            return type(value)(self._take(place[index], each) for index, each in enumerate(value))
+            parts = (self._argument(proxy[index], each) for index, each in enumerate(value))
+            return type(value)(parts)
         if isinstance(value, dict):
-            return {key: self._take(place[key], each) for key, each in value.items()}
+            return {key: self._argument(proxy[key], each) for key, each in value.items()}
         if value is None or isinstance(value, bool | int | float | str):
-            message = f"an argument is expected to be {value!r}, as in the example of this graph"
-            torch._assert(operator.eq(place, value), message)
+            message = f"an argument must be {value!r}, as in the example input of this model"
+            torch._assert(operator.eq(proxy, value), message)
             return value
-        return place
+        return proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) in _OPENED:
             return False
-        # A leaf it still drops branches in training mode.
+        # As a leaf it still drops branches in training mode.
         stochastic_depth = type(m).__module__ == "torchvision.ops.stochastic_depth"
         return stochastic_depth or super().is_leaf_module(m, module_qualified_name)
 
@@ -361,21 +365,21 @@ def _encoder_layer(layer: Any, source: Any) -> Any:
     return layer.norm2(source + feed_forward(source))
 
 
-# Their own code chooses between fast paths by looking at the tensors.
+# Their own code selects fast paths depending on the tensors.
 _OPENED: dict[type[nn.Module], Callable[[nn.Module, Any], Any]] = {
     nn.TransformerEncoder: _encoder,
     nn.TransformerEncoderLayer: _encoder_layer,
 }
 
 
-def _place(given: inspect.BoundArguments, name: str) -> str:
+def _placeholder(given: inspect.BoundArguments, name: str) -> str:
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     kind: Any = given.signature.parameters[name].kind
     return f"{stars.get(kind, '')}{name}"
 
 
 class _Values(fx.Interpreter):
-    """Runs a graph on the arguments it was traced with, and notes what each node gives and does."""
+    """Runs a graph on its example input and records shapes and in-place writes of each node."""
 
     def __init__(self, traced: fx.GraphModule, given: inspect.BoundArguments) -> None:
         super().__init__(traced)
@@ -383,7 +387,7 @@ class _Values(fx.Interpreter):
         self._attributes: list[tuple[fx.Node, Any, int]] = []
 
     def note(self) -> None:
-        """Run the graph, and see at the end which tensors of the model were written."""
+        """Run the graph, and find tensors of the model that were modified."""
         self.run()
         for node, value, version in self._attributes:
             node.meta["is_rewritten"] = _version(value) != version
@@ -393,19 +397,19 @@ class _Values(fx.Interpreter):
         return self._given[str(target).lstrip("*")]
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor of the model, if tracing has left it there."""
+        """A tensor of the model."""
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, fx.Proxy):
             raise TypeError(f"`forward` assigns to `self.{target}`, use `self.{target}.copy_(...)`")
         return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
-        """The arguments of a node, lists as those that code has, which functions may write to."""
+        """The arguments of a node, with mutable lists instead of torch.fx's immutable ones."""
         return _thawed(super().fetch_args_kwargs_from_env(n))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node, and see which tensors are written: each write is counted in their version."""
+        """Run a node, and find the tensors it modifies by their version counters."""
         leaves = [
             self.env[leaf] if isinstance(leaf, fx.Node) else None
             for leaf in tree_leaves((n.args, n.kwargs))
@@ -415,7 +419,7 @@ class _Values(fx.Interpreter):
         written = [i for i, leaf in enumerate(leaves) if _version(leaf) != before[i]]
         n.meta["written"] = tuple(written)
         n.meta["is_its_input"] = len(written) == 1 and result is leaves[written[0]]
-        if n.target in _OPERATORS and not written:  # of numbers, which are not changed but replaced
+        if n.target in _OPERATORS and not written:  # on numbers, which are immutable
             n.target = _OPERATORS[n.target]
         sources = n.all_input_nodes
         n.meta["of_parameters"] = bool(sources) and all(map(of_parameters, sources))

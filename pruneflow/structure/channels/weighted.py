@@ -1,4 +1,4 @@
-"""How layers with weights read channels and make new ones, and how they are made smaller."""
+"""How convolutions and Linear layers read and compute channels, and how they are cut."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from pruneflow.structure.channels.rules import Entries, Rule, laid_out_as
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# A layer that works on a part of the channels that stay around it has to copy them in or out. It
-# does if it then has at most this fraction of them.
+# A layer may be cut to fewer channels than its neighbours keep, at the cost of copying channels. It
+# is if at most this fraction of the channels remains.
 _WORTH_A_COPY = 0.75
 
 
 class Weighted(Rule):
     """A convolution or Linear layer.
 
-    A weight of zero reads nothing. A channel that holds a constant is not needed: what the layer
-    computes from it goes into the bias. Where zero padding makes it vary at the borders, one such
-    channel stands for all of them, with their weights summed up.
+    Zero weights read nothing. Constant input channels are folded into the bias. If zero padding
+    makes them vary at the borders, one of them replaces all, with the sum of their weights.
     """
 
     def forward(self) -> bool:
-        """See which filters read nothing but constants."""
+        """Find filters that depend on constants only."""
         flow, node, module = self.flow, self.node, self.module
         linear = isinstance(module, nn.Linear)
         dim = len(node.meta["shape"]) - 1 if linear else 1
@@ -38,7 +37,7 @@ class Weighted(Rule):
         self.source = source
         self.result = flow.new(node, dim)
         self.groups = 1 if linear else module.groups
-        # Of the images that come and go; when it is cut, others may come.
+        # Sizes of images before and after; inputs may have other sizes after cutting.
         self.sizes = node.all_input_nodes[0].meta["shape"][2:], node.meta["shape"][2:]
         self.reached = _reached(module, *self.sizes) if flow.fixed_size else torch.tensor(True)
         weight, inside = self._weight(), _never_in_padding(module)
@@ -59,7 +58,7 @@ class Weighted(Rule):
         bias = torch.zeros(len(weight), dtype=self.wide)
         if module.bias is not None:
             bias += module.bias.detach()
-        # Constants are 0 where none is known.
+        # Constants are 0 where not known.
         some = (constant != 0).any(0)
         sums = weight[:, some].sum(2, dtype=self.wide) * constant[:, some]
         self.result.known = ~varying.any(1)
@@ -67,7 +66,7 @@ class Weighted(Rule):
         return True
 
     def backward(self) -> None:
-        """Need what a wanted filter reads."""
+        """Channels read by wanted filters are needed."""
         read = self.reads & self.result.wanted[:, None]
         if self.groups == 1:
             self.source.needed |= read.any(0)
@@ -76,7 +75,7 @@ class Weighted(Rule):
             self.source.needed[index[read]] = True
 
     def entries(self) -> Iterator[Entries]:
-        """The filters, and what reads; of a grouped convolution, whole groups of filters."""
+        """The filters and the input channels; only filters of a grouped convolution."""
         dim = 1 if type(self.module) in _TRANSPOSED else 0
         yield Entries(f"{self.node.target}.weight", dim, self.result, written=True)
         if self.module.bias is not None:
@@ -85,7 +84,7 @@ class Weighted(Rule):
             yield Entries(f"{self.node.target}.weight", 1 - dim, self.source)
 
     def keep_constants(self) -> None:
-        """Let one of the constants that vary at borders stay, if all of them were to go."""
+        """Keep one of the constants that vary at borders, if none is kept yet."""
         varying = self._varying_constants()
         kept = self.flow.kept(self.source)
         if (varying & ~kept).any() and not (varying & kept).any():
@@ -93,7 +92,7 @@ class Weighted(Rule):
             self.flow.keep(int(self.source.atoms[largest]))
 
     def cut(self) -> bool:
-        """Make the layer smaller, and copy channels in and out where that pays."""
+        """Cut the layer, copying channels in and out where that pays off."""
         kept_in, kept_out = self.flow.kept(self.source), self.flow.kept(self.result)
         columns, rows = kept_in, kept_out
         if self.groups == 1:
@@ -121,33 +120,33 @@ class Weighted(Rule):
             index = columns[kept_in].nonzero().flatten()
             self.module.register_buffer("channels_read", index)
             with graph.inserting_before(self.node):
-                place = graph.get_attr(f"{self.node.target}.channels_read")
+                indices = graph.get_attr(f"{self.node.target}.channels_read")
                 source = self.node.all_input_nodes[0]
-                read = graph.call_function(torch.index_select, (source, dim, place))
+                read = graph.call_function(torch.index_select, (source, dim, indices))
             self.node.replace_input_with(source, read)
             gathers = True
         if not torch.equal(rows, kept_out):
-            # Rows that are not computed are copies of the one that stands for them.
+            # Rows that are not computed are copies of the one that represents them.
             position = rows.cumsum(0) - 1
-            index = torch.where(rows, position, position[self.standing])[kept_out]
+            index = torch.where(rows, position, position[self.representative])[kept_out]
             self.module.register_buffer("channels_written", index)
             with graph.inserting_after(self.node):
-                place = graph.get_attr(f"{self.node.target}.channels_written")
-            with graph.inserting_after(place):
-                written = graph.call_function(torch.index_select, (self.node, dim, place))
+                indices = graph.get_attr(f"{self.node.target}.channels_written")
+            with graph.inserting_after(indices):
+                written = graph.call_function(torch.index_select, (self.node, dim, indices))
             self.node.replace_all_uses_with(written, lambda user: user is not written)
             gathers = True
         return gathers
 
     def _weight(self) -> Tensor:
-        """The weight as filters x input channels of a filter x taps."""
+        """The weight as (filters, input channels of a filter, taps)."""
         weight: Tensor = self.module.weight.detach()
         if type(self.module) in _TRANSPOSED:
             weight = weight.transpose(0, 1)
         return weight.reshape(*weight.shape[:2], -1).masked_fill(~self.reached, 0)
 
     def _used_taps(self) -> list[tuple[int, int, int]] | None:
-        """Per dimension the first and last tap of a smaller kernel, and its padding."""
+        """First tap, last tap and padding in each dimension of a smaller kernel, if any."""
         module = self.module
         if type(module) not in _CONVOLUTIONS or isinstance(module.padding, str):
             return None
@@ -160,7 +159,7 @@ class Weighted(Rule):
             dilation, padding = module.dilation[dim], module.padding[dim]
             places = used.movedim(dim, 0).reshape(kernel, -1).any(1).nonzero().flatten().tolist()
             first, last = (places[0], places[-1]) if places else ((kernel - 1) // 2,) * 2
-            # As many less on both sides leave the size of the result as it is, whatever it is.
+            # Dropping as many taps on both sides preserves the output size for any input.
             both = min(first, kernel - 1 - last, padding // dilation)
             choice = (both, kernel - 1 - both, padding - both * dilation)
             if self.flow.fixed_size:
@@ -172,30 +171,30 @@ class Weighted(Rule):
         return taps if smaller else None
 
     def _per_filter(self, entries: Tensor) -> Tensor:
-        """Entries of the input channels as each filter sees them; one row for all if it can be."""
+        """Entries of input channels: one row per filter if grouped, otherwise one for all."""
         if self.groups == 1:
             return entries[None]
         grouped = entries.reshape(self.groups, -1)
         return grouped.repeat_interleave(len(self.reads) // self.groups, 0)
 
     def _varying_constants(self) -> Tensor:
-        """Constants among the input channels that zero padding makes vary."""
+        """Constant input channels that vary at borders due to zero padding."""
         if self.groups > 1:
             return torch.zeros_like(self.source.known)
         read = (self.reads_border & self.result.wanted[:, None]).any(0)
         return read & (self.source.constant != 0)
 
     def _folded(self, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias that do not read what goes."""
+        """Weight and bias that do not read the removed channels."""
         weight, wanted = self._weight().clone(), self.result.wanted
         constant = self.source.constant.to(self.wide)
         varying = self._varying_constants()
         merged = varying & ~kept
         if merged.any():
-            standing = (constant.abs() * (varying & kept)).argmax()
-            share = constant[merged] / constant[standing]
-            taps = torch.einsum("oit,i->ot", weight[:, merged].to(self.wide), share)
-            weight[:, standing] = (weight[:, standing] + taps).to(weight.dtype)
+            target = (constant.abs() * (varying & kept)).argmax()
+            ratio = constant[merged] / constant[target]
+            taps = torch.einsum("oit,i->ot", weight[:, merged].to(self.wide), ratio)
+            weight[:, target] = (weight[:, target] + taps).to(weight.dtype)
         absorbed = (constant != 0) & ~kept & ~varying
         bias = weight[:, absorbed].sum(2, dtype=self.wide) @ constant[absorbed]
         if self.module.bias is not None:
@@ -214,14 +213,14 @@ class Weighted(Rule):
         return read if read.sum() <= _WORTH_A_COPY * kept.sum() else kept
 
     def _worth_computing(self, kept: Tensor) -> Tensor:
-        """The filters to compute, with one that stands for all that give the same constant."""
+        """The filters to compute, with one to represent all that give the same constant."""
         others = kept & ~self.result.wanted
         constants = self.result.constant[others & self.result.known]
         if not others.any() or (constants != constants[:1]).any():
             return kept
         known = others & self.result.known
-        self.standing = _first(known if known.any() else others)
-        rows = rounded_up((kept & ~others) | self.standing, kept)
+        self.representative = _first(known if known.any() else others)
+        rows = rounded_up((kept & ~others) | self.representative, kept)
         return rows if rows.sum() <= _WORTH_A_COPY * kept.sum() else kept
 
     def _resize(self, weight: Tensor, bias: Tensor | None, columns: Tensor, rows: Tensor) -> None:
@@ -238,34 +237,34 @@ class Weighted(Rule):
 
 
 def _never_in_padding(module: Any) -> Tensor:
-    """Per tap of a kernel whether it reads the input, not zero padding, wherever it is applied."""
+    """Whether each tap of a kernel never reads zero padding."""
     if isinstance(module, nn.Linear):
         return torch.ones(1, dtype=torch.bool)
-    if type(module) in _TRANSPOSED:  # its taps do not even all reach the same places
+    if type(module) in _TRANSPOSED:  # not every tap contributes at every position
         return torch.zeros(module.weight[0, 0].numel(), dtype=torch.bool)
     inside = torch.ones(1, dtype=torch.bool)
     for dim, (before, after) in enumerate(_padding(module)):
-        place = torch.arange(module.kernel_size[dim]) * module.dilation[dim]
-        free = (place >= before) & (place <= place[-1] - after)
+        offset = torch.arange(module.kernel_size[dim]) * module.dilation[dim]
+        free = (offset >= before) & (offset <= offset[-1] - after)
         inside = (inside[:, None] & free).flatten()
     return inside
 
 
 def _reached(module: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
-    """Per tap of a kernel whether it ever reads the input, of this size, not only zero padding."""
+    """Whether each tap of a kernel reads anything but zero padding, for inputs of this size."""
     if type(module) not in _CONVOLUTIONS:
         return torch.tensor(True)
     reached = torch.ones(1, dtype=torch.bool)
     for dim, (padding, _) in enumerate(_padding(module)):
         taps = torch.arange(module.kernel_size[dim]) * module.dilation[dim] - padding
-        place = taps[:, None] + torch.arange(after[dim]) * module.stride[dim]
-        some = ((place >= 0) & (place < before[dim])).any(1)
+        position = taps[:, None] + torch.arange(after[dim]) * module.stride[dim]
+        some = ((position >= 0) & (position < before[dim])).any(1)
         reached = (reached[:, None] & (some | (module.padding_mode != "zeros"))).flatten()
     return reached
 
 
 def _padding(module: Any) -> list[tuple[int, int]]:
-    """How many zeros are put before and after the image in each of its dimensions."""
+    """Zeros before and after the image in each dimension."""
     none = module.padding_mode != "zeros" or module.padding == "valid"
     sizes = []
     for dim, kernel in enumerate(module.kernel_size):

@@ -1,6 +1,6 @@
 """Faults of Lightning's ModelPruning and of torch.nn.utils.prune, and their absence here.
 
-Each test first shows the fault where it is, so that what the README claims stays true.
+Each test first shows the fault where it is, so that what docs/compared.md claims stays true.
 """
 
 import copy

@@ -208,7 +208,7 @@ def test_a_layer_that_is_replaced_is_pruned(trainer):
 def test_tensors_in_one_memory_are_refused():
     net = nn.ModuleDict({"e": nn.Linear(20, 40), "d": nn.Linear(40, 20)})
     net["d"].weight = nn.Parameter(net["e"].weight.data.t())
-    with pytest.raises(ValueError, match=r"share it: e\.weight and d\.weight"):
+    with pytest.raises(ValueError, match=r"share memory, got e\.weight and d\.weight"):
         Pruner(net, importance=Random(0), optimizers=[])
 
 
