@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pruneflow.pruning.evidence import gradients, input_norms
 from pruneflow.pruning.granularity import NM, Block, Channels, Granularity, Weights
-from pruneflow.pruning.importance import Context, Given, Random, magnitude, taylor
+from pruneflow.pruning.importance import Context, Given, Random, lamp, magnitude, taylor
 from pruneflow.pruning.masking import InPlace, Reparametrize
 from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.plan import Clock, Epochs, Plan, Steps
@@ -82,6 +82,7 @@ __all__ = [
     "fold_model",
     "gradients",
     "input_norms",
+    "lamp",
     "latency",
     "load_classifier",
     "magnitude",

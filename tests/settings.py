@@ -30,6 +30,7 @@ from pruneflow import (
     Rounds,
     Steps,
     Weights,
+    lamp,
     latency,
     magnitude,
     multiply_adds,
@@ -83,6 +84,7 @@ def given_scores():
 SETTINGS = [
     Setting("importance", "magnitude", lambda: magnitude, "importance=magnitude"),
     Setting("importance", "taylor", lambda: taylor, "importance=taylor"),
+    Setting("importance", "lamp", lamp, "importance=lamp", lambda: lamp(taylor)),
     Setting("importance", "Random", lambda: Random(3), "importance=random", lambda: Random(4)),
     Setting("importance", "Given", lambda: Given(given_scores())),
     Setting(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pruneflow.distributed import local_part, to_local
+from pruneflow.distributed import gather_full, local_part, to_local
 from pruneflow.errors import expect
 from pruneflow.pruning.evidence import Evidence, gradients, resolve_evidence
 from pruneflow.pruning.schedules import plain_number
@@ -114,6 +114,54 @@ def taylor(name: str, tensor: Tensor, context: Context) -> Tensor:
 
 
 taylor.needs = gradients  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class lamp:  # noqa: N801  # named like the other importances
+    """Layer-adaptive scores (LAMP), which make layers comparable.
+
+    score = s² / (sum of s² over the weights of the same tensor whose s is at least as high),
+
+    for each score s of an importance. The highest score of each tensor is 1. With scope `"global"`,
+    each layer gets the sparsity that suits it.
+
+    Args:
+        importance: The importance that returns s.
+
+    Example:
+        >>> lamp()("weight", torch.tensor([1.0, -3.0, 2.0]), Context(round=1))
+        tensor([0.0714, 1.0000, 0.3077])
+
+    References:
+        Lee et al. 2021, https://arxiv.org/abs/2010.07611.
+    """
+
+    importance: Importance = magnitude
+
+    def __post_init__(self) -> None:
+        valid = callable(self.importance) and not isinstance(self.importance, type)
+        expect(
+            valid,
+            "importance",
+            "be a function such as magnitude",
+            self.importance,
+            "try lamp(magnitude)",
+            error=TypeError,
+        )
+
+    @property
+    def needs(self) -> Evidence | None:
+        """The evidence that `importance` needs."""
+        return needs_of(self.importance)
+
+    def __call__(self, name: str, tensor: Tensor, context: Context) -> Tensor:
+        """The scores, at least float32, of the tensor's shape."""
+        scores = gather_full(self.importance(name, tensor, context))
+        squares, order = scores.flatten().double().square().sort(stable=True)
+        at_least = squares.flip(0).cumsum(0).flip(0)
+        ratios = torch.empty_like(squares)
+        ratios[order] = (squares / at_least).where(squares > 0, 0)
+        return ratios.to(torch.promote_types(scores.dtype, torch.float32)).reshape(scores.shape)
 
 
 def needs_of(importance: object) -> Evidence | None:

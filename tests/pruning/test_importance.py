@@ -5,11 +5,18 @@ from functools import partial, update_wrapper
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from pruneflow import (
+    Context,
     Pruner,
+    compute_masks,
+    gradients,
     input_norms,
+    lamp,
+    magnitude,
     taylor,
 )
 from pruneflow.pruning.importance import needs_of
@@ -17,6 +24,51 @@ from pruneflow.pruning.importance import needs_of
 
 def mean_output(model, batch):
     return model(batch).mean()
+
+
+# -- LAMP ------------------------------------------------------------------------------------------
+
+
+@given(values=st.lists(st.integers(-5, 5), min_size=1, max_size=12))
+def test_lamp_is_its_definition(values):
+    weights = torch.tensor(values, dtype=torch.float32)
+    expected = []
+    for i, weight in enumerate(values):
+        # Of equal weights the first one counts as the lowest.
+        not_lower = [w for j, w in enumerate(values) if (abs(w), j) >= (abs(weight), i)]
+        total = sum(w * w for w in not_lower)
+        expected.append(weight * weight / total if weight else 0.0)
+    scores = lamp()("weight", weights, Context(1))
+    torch.testing.assert_close(scores, torch.tensor(expected), check_dtype=False)
+
+
+def test_lamp_compares_layers_by_share_and_not_by_scale():
+    weights = {"large": torch.tensor([100.0, 200.0, 300.0]), "small": torch.tensor([1.0, 2.0, 3.0])}
+    by_lamp = compute_masks(weights, 0.5, importance=lamp())
+    assert by_lamp["large"].tolist() == by_lamp["small"].tolist()[:3] or by_lamp.pruned == 3
+    assert int((~by_lamp["large"]).sum()) in (1, 2)
+    by_magnitude = compute_masks(weights, 0.5, importance=magnitude)
+    assert not by_magnitude["small"].any()
+
+
+def test_lamp_orders_a_layer_as_what_it_is_based_on():
+    weights = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    slopes = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    context = Context(1, {"weight": slopes})
+    based = lamp(taylor)("weight", weights, context)
+    assert torch.equal(based.argsort(), taylor("weight", weights, context).argsort())
+    assert needs_of(lamp(taylor)) is gradients
+    assert needs_of(lamp()) is None
+
+
+@pytest.mark.parametrize("wrong", [None, "magnitude", nn.Linear])
+def test_lamp_of_what_is_no_importance(wrong):
+    with pytest.raises(
+        TypeError, match=r"`importance` must be a function .* try lamp\(magnitude\)"
+    ):
+        lamp(wrong)
+    with pytest.raises(TypeError, match=r"`importance` must be .* try lamp\(\)"):
+        Pruner(nn.Linear(2, 2), importance=lamp, optimizers=[])
 
 
 # -- what an importance says of itself -------------------------------------------------------------
