@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from pruneflow.pruning.distribution import PerLayer, erk, uniform_plus
 from pruneflow.pruning.evidence import gradients, input_norms
 from pruneflow.pruning.granularity import NM, Block, Channels, Granularity, Weights
 from pruneflow.pruning.importance import Context, Given, Random, lamp, magnitude, taylor
@@ -67,6 +68,7 @@ __all__ = [
     "Linear",
     "MaskSet",
     "OneShot",
+    "PerLayer",
     "Plan",
     "Pruner",
     "PruningCallback",
@@ -78,6 +80,7 @@ __all__ = [
     "Steps",
     "Weights",
     "compute_masks",
+    "erk",
     "fold",
     "fold_model",
     "gradients",
@@ -92,4 +95,5 @@ __all__ = [
     "sparsity",
     "sparsity_report",
     "taylor",
+    "uniform_plus",
 ]

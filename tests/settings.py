@@ -25,16 +25,19 @@ from pruneflow import (
     InPlace,
     Linear,
     OneShot,
+    PerLayer,
     Random,
     Reparametrize,
     Rounds,
     Steps,
     Weights,
+    erk,
     lamp,
     latency,
     magnitude,
     multiply_adds,
     taylor,
+    uniform_plus,
 )
 
 IMAGE = torch.zeros(1, 4, 6, 6)
@@ -105,6 +108,16 @@ SETTINGS = [
     ),
     Setting("scope", "global", lambda: "global", "pruning.scope=global"),
     Setting("scope", "layer", lambda: "layer", "pruning.scope=layer"),
+    Setting("scope", "erk", lambda: erk, "pruning.scope=erk"),
+    Setting("scope", "uniform_plus", lambda: uniform_plus, "pruning.scope=uniform_plus"),
+    Setting(
+        "scope",
+        "PerLayer",
+        lambda: PerLayer({"conv1*": 0.25, "conv2*": 0.625, "fc*": 0.5}),
+        "scope: {_target_: pruneflow.PerLayer, "
+        "sparsities: {'conv1*': 0.25, 'conv2*': 0.625, 'fc*': 0.5}}",
+        lambda: PerLayer({"*": 0.5}),
+    ),
     Setting(
         "scope",
         "named groups",
