@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pruneflow.pruning.distribution import PerLayer, erk, uniform_plus
 from pruneflow.pruning.evidence import gradients, input_norms
 from pruneflow.pruning.granularity import NM, Block, Channels, Granularity, Weights
-from pruneflow.pruning.importance import Context, Given, Random, lamp, magnitude, taylor
+from pruneflow.pruning.importance import Context, Given, Random, lamp, magnitude, taylor, wanda
 from pruneflow.pruning.masking import InPlace, Reparametrize
 from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.plan import Clock, Epochs, Plan, Steps
@@ -96,4 +96,5 @@ __all__ = [
     "sparsity_report",
     "taylor",
     "uniform_plus",
+    "wanda",
 ]

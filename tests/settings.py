@@ -38,6 +38,7 @@ from pruneflow import (
     multiply_adds,
     taylor,
     uniform_plus,
+    wanda,
 )
 
 IMAGE = torch.zeros(1, 4, 6, 6)
@@ -87,6 +88,7 @@ def given_scores():
 SETTINGS = [
     Setting("importance", "magnitude", lambda: magnitude, "importance=magnitude"),
     Setting("importance", "taylor", lambda: taylor, "importance=taylor"),
+    Setting("importance", "wanda", lambda: wanda, "importance=wanda"),
     Setting("importance", "lamp", lamp, "importance=lamp", lambda: lamp(taylor)),
     Setting("importance", "Random", lambda: Random(3), "importance=random", lambda: Random(4)),
     Setting("importance", "Given", lambda: Given(given_scores())),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pruneflow.distributed import gather_full, local_part, to_local
 from pruneflow.errors import expect
-from pruneflow.pruning.evidence import Evidence, gradients, resolve_evidence
+from pruneflow.pruning.evidence import Evidence, gradients, input_norms, resolve_evidence
 from pruneflow.pruning.schedules import plain_number
 from pruneflow.pruning.threshold import Elementwise
 
@@ -114,6 +114,40 @@ def taylor(name: str, tensor: Tensor, context: Context) -> Tensor:
 
 
 taylor.needs = gradients  # type: ignore[attr-defined]
+
+
+def wanda(name: str, tensor: Tensor, context: Context) -> Tensor:
+    """|weight| x norm of its input, compared within each output.
+
+    The score is the rank of that product among the weights of the same output (row of a `Linear`,
+    filter of a convolution), divided by their number. So all outputs get the same sparsity,
+    whatever the scope.
+
+    Args:
+        name: Qualified name of the tensor, the weight of a `Linear` or convolution.
+        tensor: The live weights, of shape (outputs, inputs, ...).
+        context: Its evidence is the `input_norms` of the tensor.
+
+    Returns:
+        Scores in (0, 1], float32, of the tensor's shape.
+
+    Example:
+        >>> context = Context(round=1, evidence={"weight": torch.tensor([[10.0, 1.0]])})
+        >>> wanda("weight", torch.tensor([[-1.0, 3.0], [0.1, 2.0]]), context)
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]])
+
+    References:
+        Sun et al. 2024, https://arxiv.org/abs/2306.11695.
+    """
+    products = gather_full(tensor).abs() * context.evidence[name]
+    order = products.flatten(1).argsort(dim=1, stable=True)
+    ranks = torch.arange(1.0, order.shape[1] + 1, device=order.device).expand(order.shape)
+    scores = torch.empty_like(ranks).scatter_(1, order, ranks / order.shape[1])
+    return scores.reshape(tensor.shape)
+
+
+wanda.needs = input_norms  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

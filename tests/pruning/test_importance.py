@@ -18,6 +18,7 @@ from pruneflow import (
     lamp,
     magnitude,
     taylor,
+    wanda,
 )
 from pruneflow.pruning.importance import needs_of
 
@@ -69,6 +70,106 @@ def test_lamp_of_what_is_no_importance(wrong):
         lamp(wrong)
     with pytest.raises(TypeError, match=r"`importance` must be .* try lamp\(\)"):
         Pruner(nn.Linear(2, 2), importance=lamp, optimizers=[])
+
+
+# -- Wanda -----------------------------------------------------------------------------------------
+
+
+def reference_wanda(weight, norms, sparsity):
+    """The published algorithm: in each row, the lowest |weight| x norm go."""
+    metric = weight.abs() * norms
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    lowest = metric.sort(dim=1, stable=True).indices[:, : int(weight.shape[1] * sparsity)]
+    return mask.scatter_(1, lowest, False)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_wanda_prunes_each_row_as_the_published_algorithm_does(scope):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 5))
+    batches = [torch.randn(16, 20) * torch.arange(1.0, 21), torch.randn(4, 20)]
+    inputs = torch.cat(batches)
+    hidden = model[1](model[0](inputs)).detach()
+    expected = {
+        "0.weight": reference_wanda(model[0].weight.detach(), inputs.norm(dim=0), 0.5),
+        "2.weight": reference_wanda(model[2].weight.detach(), hidden.norm(dim=0), 0.5),
+    }
+    evidence = input_norms(model, batches, mean_output)
+    pruner = Pruner(model, importance=wanda, scope=scope, optimizers=[])
+    masks = pruner.prune_to(0.5, evidence=evidence)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stride": 2, "padding": 1},
+        {"dilation": 2},
+        {"groups": 3, "padding": "same"},
+        {"padding": 1, "padding_mode": "circular"},
+    ],
+    ids=str,
+)
+def test_input_norms_of_a_convolution_are_those_of_its_unfolded_patches(settings):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 9, 3, **settings)
+    images = torch.randn(5, 6, 8, 8)
+    found = input_norms(layer, [images[:2], images[2:]], mean_output)["weight"]
+    assert [a in (1, b) for a, b in zip(found.shape, layer.weight.shape, strict=True)] == [True] * 4
+    # Each output is a sum of products; with one weight at a time and the others at zero, the
+    # squares of the outputs add up to what that weight sees.
+    norms = found.expand_as(layer.weight)
+    for out, into, row, column in ((0, 0, 0, 0), (4, 1, 2, 1), (8, 1, 1, 2)):
+        layer.weight.data.zero_()[out, into, row, column] = 1
+        layer.bias.data.zero_()
+        seen = layer(images)[:, out].square().sum().sqrt()
+        torch.testing.assert_close(norms[out, into, row, column], seen)
+
+
+def test_wanda_goes_by_what_the_inputs_are_and_not_by_the_weights_alone():
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data[:] = torch.tensor([[1.0, 2.0]])
+    evidence = input_norms(layer, [torch.tensor([[10.0, 1.0]])], mean_output)
+    masks = Pruner(layer, importance=wanda, optimizers=[]).prune_to(0.5, evidence=evidence)
+    assert masks["weight"].tolist() == [[True, False]]
+
+
+def test_every_row_loses_the_same_share_over_rounds():
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 10, bias=False)
+    layer.weight.data[0] *= 100
+    pruner = Pruner(layer, importance=wanda, optimizers=[])
+    for target in (0.25, 0.5, 0.75):
+        evidence = input_norms(layer, [torch.randn(8, 40)], mean_output)
+        mask = pruner.prune_to(target, evidence=evidence)["weight"]
+        assert (~mask).sum(1).tolist() == [int(40 * target)] * 10
+
+
+def test_what_was_never_called_is_named_before_anything_changes():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, inputs):
+            return self.used(inputs)
+
+    model = Half()
+    pruner = Pruner(model, importance=wanda, optimizers=[])
+    evidence = input_norms(model, [torch.ones(1, 4)], mean_output)
+    before = model.used.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"`evidence` must .* got none for unused\.weight; `exclude`"
+    ):
+        pruner.prune_to(0.5, evidence=evidence)
+    with pytest.raises(
+        ValueError, match=r"`evidence` must be given .* needs input_norms, got None"
+    ):
+        pruner.prune_to(0.5)
+    with pytest.raises(ValueError, match=r"`evidence` must have the shapes .* \(1, 3\) for used"):
+        pruner.prune_to(0.5, evidence=evidence | {n: torch.ones(1, 3) for n in pruner.names})
+    assert torch.equal(model.used.weight, before)
+    assert not pruner.masks
 
 
 # -- what an importance says of itself -------------------------------------------------------------
