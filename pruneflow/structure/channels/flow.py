@@ -12,7 +12,7 @@ LANES = 16  # floats in the widest CPU vectors
 
 
 @dataclass
-class Channels:
+class ValueChannels:
     """The channels of a value.
 
     Args:
@@ -47,13 +47,13 @@ class Flow:
 
     def __init__(self, unshared: set[str], *, fixed_size: bool) -> None:
         self.unshared, self.fixed_size = unshared, fixed_size
-        self.values: dict[fx.Node, Channels] = {}
+        self.values: dict[fx.Node, ValueChannels] = {}
         self.tensors: dict[fx.Node, Tensor] = {}  # parameters and buffers
         self._parents: list[int] = []
         self._pinned: set[int] = set()
         self._pinned_nodes: set[fx.Node] = set()
 
-    def new(self, node: fx.Node, dim: int, atoms: Tensor | None = None) -> Channels:
+    def new(self, node: fx.Node, dim: int, atoms: Tensor | None = None) -> ValueChannels:
         """Add the channels of a node, none of them known to be constant.
 
         Args:
@@ -68,11 +68,11 @@ class Flow:
         nothing = torch.zeros(len(atoms), dtype=torch.bool)
         dtype = node.meta["dtype"]
         constant = torch.zeros(len(atoms), dtype=dtype)
-        channels = Channels(dim, atoms, nothing, constant, nothing.clone())
+        channels = ValueChannels(dim, atoms, nothing, constant, nothing.clone())
         self.values[node] = channels
         return channels
 
-    def along(self, node: fx.Node, dim: int) -> Channels | None:
+    def along(self, node: fx.Node, dim: int) -> ValueChannels | None:
         """The channels of a value along `dim`; None if its channel dimension is another.
 
         If the value is new, all its channels are pinned, unless it is an unpinned parameter or
@@ -124,11 +124,11 @@ class Flow:
         """Keep one more atom."""
         self._kept[self._roots[atom]] = True
 
-    def kept(self, channels: Channels) -> Tensor:
+    def kept(self, channels: ValueChannels) -> Tensor:
         """Whether each channel is kept."""
         return self._kept[self._roots[channels.atoms]]
 
-    def round_up(self, channels: Channels) -> None:
+    def round_up(self, channels: ValueChannels) -> None:
         """Keep more channels, up to a multiple of the vector length."""
         kept = self.kept(channels)
         for atom in channels.atoms[rounded_up(kept, torch.ones_like(kept)) & ~kept].tolist():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from pruneflow.structure.channels.flow import Channels, Flow, same_in_rows
+from pruneflow.structure.channels.flow import Flow, ValueChannels, same_in_rows
 from pruneflow.structure.channels.tracing import of_parameters, tensor_inputs
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -31,7 +31,7 @@ class Entries:
 
     name: str
     dim: int
-    channels: Channels
+    channels: ValueChannels
     written: bool = False
 
 
@@ -178,7 +178,7 @@ class Pointwise(Rule):
             self.module is not None and len(self._channel_tensors()) and dim != 1
         ):
             return False
-        self.operands: list[Channels] = []
+        self.operands: list[ValueChannels] = []
         self.broadcast: list[fx.Node] = []
         self.dim, size = dim, shape[dim]
         for source in sources:
@@ -235,7 +235,7 @@ class Pointwise(Rule):
         per_channel = isinstance(self.module, nn.PReLU) and self.module.num_parameters > 1
         return ["weight"] if per_channel else []
 
-    def _note_constants(self, result: Channels) -> None:
+    def _note_constants(self, result: ValueChannels) -> None:
         """Evaluate the operation on one element per channel, enough for constants."""
         size = len(result.atoms)
         inputs: dict[fx.Node, Tensor] = {}
