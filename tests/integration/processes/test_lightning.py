@@ -13,15 +13,17 @@ from torch.nn.utils import prune
 from training import Layers, Watch, fit, loader, make_trainer
 
 from pruneflow import (
-    Gradients,
+    Calibration,
     MaskSet,
     OneShot,
     PruningCallback,
     Random,
     SparsityCheckpoint,
+    lamp,
     magnitude,
     sparsity,
     taylor,
+    wanda,
 )
 
 
@@ -49,18 +51,28 @@ def test_ddp_holds_equal_masks_and_weights_in_both(two, tmp_path, importance, sc
         assert not [text for text in run["warnings"] if "sparsity" in text]
 
 
-def prune_by_gradients(folder, strategy="auto"):
-    gradients = Gradients(Layers.loss, batches=4)
-    pruning = PruningCallback(OneShot(0.5), importance=taylor, gradients=gradients)
+def prune_by_evidence(folder, importance, scope, strategy="auto"):
+    calibration = Calibration(Layers.loss, batches=4)
+    pruning = PruningCallback(
+        OneShot(0.5), importance=importance, calibration=calibration, scope=scope
+    )
     watch = Watch(pruning)
     make_trainer(folder, [pruning, watch], strategy).fit(Layers(), loader(), loader())
     return watch.end
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fully_shard"])
-def test_gradients_are_those_of_the_batches_of_all_processes(two, tmp_path, strategy):
-    alone = prune_by_gradients(tmp_path)  # 4 batches; of each process below, 2 and the same points
-    for found in two(prune_by_gradients, tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("importance", "scope"),
+    [(taylor, "global"), (wanda, "global"), (lamp(taylor), "global"), (taylor, "erk")],
+    ids=["taylor", "wanda", "lamp", "erk"],
+)
+def test_evidence_is_that_of_the_batches_of_all_processes(
+    two, tmp_path, importance, scope, strategy
+):
+    # 4 batches; of each process below, 2 and the same points
+    alone = prune_by_evidence(tmp_path, importance, scope)
+    for found in two(prune_by_evidence, tmp_path, importance, scope, strategy):
         equal(found, alone)
 
 
