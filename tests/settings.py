@@ -140,7 +140,14 @@ SETTINGS = [
     Setting(
         "granularity", "Channels", lambda: Channels(IMAGE), "granularity=channels", sharded=False
     ),
-    Setting("costs", "multiply_adds", lambda: multiply_adds, "costs=multiply_adds"),
+    Setting(
+        "costs",
+        "multiply_adds",
+        lambda: multiply_adds,
+        "costs=multiply_adds",
+        lambda: partial(multiply_adds, power=0.9),
+    ),
+    Setting("costs", "multiply_adds and a power", lambda: partial(multiply_adds, power=0.9)),
     Setting("costs", "latency", lambda: latency, "costs=latency"),
     Setting("schedule", "OneShot", lambda: OneShot(0.5), "schedule=one_shot"),
     Setting("schedule", "Compounding", lambda: Compounding(0.5, rounds=2), "schedule=compounding"),

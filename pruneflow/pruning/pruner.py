@@ -33,7 +33,7 @@ from pruneflow.pruning.optimizers import (
     mask_optimizer_state,
     plain_optimizers,
 )
-from pruneflow.pruning.selection import MaskRule
+from pruneflow.pruning.selection import MaskRule, Prune
 from pruneflow.pruning.torch_methods import TorchMethod, rule_for
 from pruneflow.structure.computed import check_computed, check_zeros_stay
 from pruneflow.structure.costs import CostFunction, Costs
@@ -131,7 +131,23 @@ class Pruner:
             error=TypeError,
         )
         check_optimizer_state(optimizer_state)
-        self.rule = rule or rule_for(importance, scope, granularity, costs)
+        given = rule_for(importance, scope, granularity, costs)
+        expect(
+            rule is None or given == Prune(),
+            "rule",
+            "be given without `importance`, `granularity`, `costs` and `scope`",
+            f"{rule} and {given}",
+            "put them into the rule, such as Prune(importance=taylor)",
+        )
+        expect(
+            rule is None or (hasattr(rule, "masks") and not isinstance(rule, type)),
+            "rule",
+            "be an instance of a mask rule",
+            rule,
+            "try Prune()",
+            error=TypeError,
+        )
+        self.rule = given if rule is None else rule
         plain = plain_optimizers(optimizers or ())
         self.model = unwrap(model)
         reshard(self.model)
@@ -365,7 +381,8 @@ class Pruner:
             MaskSet(1 tensors, 2 of 4 weights pruned)
         """
         self._refresh()
-        weights = {name: self._parameters[name].detach() for name in self._names}
+        held = self.masking.raw_masks
+        weights = {n: self._parameters[n].detach() for n in self._names if n not in held}
         dense = [n for n, w in weights.items() if not (empty or gather_full((w != 0).any()))]
         if dense:
             warnings.warn(

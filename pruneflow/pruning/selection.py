@@ -14,7 +14,7 @@ from pruneflow.errors import expect
 from pruneflow.pruning.distribution import Scope, groups_of, resolve_scope, together, uniform
 from pruneflow.pruning.evidence import Evidence
 from pruneflow.pruning.granularity import Granularity, Weights
-from pruneflow.pruning.granularity.units import Competition
+from pruneflow.pruning.granularity.units import Competition, pruned_cost, total_cost
 from pruneflow.pruning.importance import (
     Context,
     Importance,
@@ -168,9 +168,7 @@ class Prune:
     def pruned_fraction(self, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> float:
         """Pruned fraction of the weights or costs that targets count."""
         costs = self._costs_of(tensors)
-        total = sum(costs[name] * tensor.numel() for name, tensor in tensors.items())
-        pruned = {name: MaskSet({name: mask}).pruned for name, mask in masks.items()}
-        return sum(costs[name] * count for name, count in pruned.items()) / total if total else 0.0
+        return pruned_cost(masks, costs) / (total_cost(costs, tensors) or 1.0)
 
     @torch.no_grad()
     def masks(

@@ -24,6 +24,7 @@ from pruneflow.pruning.optimizers import OptimizerState, check_optimizer_state
 from pruneflow.pruning.plan import Clock, Controller, Plan, Round
 from pruneflow.pruning.pruner import Pruner
 from pruneflow.pruning.schedules import ScheduleLike, as_schedule
+from pruneflow.pruning.selection import MaskRule
 from pruneflow.pruning.torch_methods import TorchMethod, rule_for
 from pruneflow.structure.costs import CostFunction, Costs
 from pruneflow.structure.parameters import Pattern, locate
@@ -220,8 +221,7 @@ class PruningCallback(L.Callback):
         Raises:
             ValueError: If it cannot.
         """
-        pruner = self._make_pruner(model, [], example)
-        pruner.check(self._target)
+        self._make_pruner(model, self.rule, [], example).check(self._target)
 
     @torch.inference_mode(False)
     def enforce(self) -> None:
@@ -259,10 +259,13 @@ class PruningCallback(L.Callback):
         self._model = weakref.ref(pl_module)
         self._learning_rate = None  # it belongs to the optimizers of another fit
         finished = self._state.plan is not None and self.round == len(self.plan.rounds)
-        example = None
-        if self.rule.needs_example and self._state.costs is None:
-            example = example_input(trainer, pl_module)
-        pruner = self._make_pruner(pl_module, trainer.optimizers, example)
+        rule: Any = self.rule
+        if callable(rule.costs) and self._state.costs is not None:
+            rule = replace(rule, costs=self._state.costs)  # do not measure them again
+        example = example_input(trainer, pl_module) if rule.needs_example else None
+        pruner = self._make_pruner(pl_module, rule, trainer.optimizers, example)
+        if callable(self.rule.costs):
+            self._state.costs = pruner.costs
         if finished:
             rank_zero_info("The pruning plan is finished: zeros are kept, nothing more is pruned")
         else:
@@ -417,12 +420,13 @@ class PruningCallback(L.Callback):
         return rounds[-1].sparsity if rounds else None
 
     def _make_pruner(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], example: Example | None
+        self,
+        model: nn.Module,
+        rule: MaskRule,
+        optimizers: Sequence[Optimizer],
+        example: Example | None,
     ) -> Pruner:
-        rule: Any = self.rule
-        if callable(rule.costs) and self._state.costs is not None:
-            rule = replace(rule, costs=Costs(self._state.costs))  # do not measure them again
-        pruner = Pruner(
+        return Pruner(
             model,
             rule=rule,
             include=self.include,
@@ -432,9 +436,6 @@ class PruningCallback(L.Callback):
             optimizer_state=self.optimizer_state,
             example_input=example,
         )
-        if callable(self.rule.costs):
-            self._state.costs = dict(pruner.costs or {})
-        return pruner
 
     def _lay_plan(self, trainer: L.Trainer, pl_module: L.LightningModule, pruner: Pruner) -> None:
         known = self.schedule.rounds is not None
@@ -504,8 +505,9 @@ class PruningCallback(L.Callback):
             {name: slot.parameter for name, slot in locate(pruner.model).items()},
             same_length=self.schedule.rounds is not None,
         )
-        if state.costs is not None:  # do not measure them again
-            pruner.rule = replace(pruner.rule, costs=Costs(state.costs))  # type: ignore[type-var]
+        if state.costs is not None and pruner.costs is not None:  # do not measure them again
+            state.costs = Costs(state.costs, pruner.costs.power)
+            pruner.rule = replace(pruner.rule, costs=state.costs)  # type: ignore[type-var]
         self._state = replace(state, plan=self.plan.state())
         saved = state.learning_rate
         self._learning_rate = LearningRateSnapshot.from_state(saved) if saved else None

@@ -48,7 +48,8 @@ class PruningState:
 
     def as_dict(self) -> dict[str, Any]:
         """The state as tensors and builtins."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        costs = None if self.costs is None else dict(self.costs)
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"costs": costs}
 
     @classmethod
     def read(cls, state: Any, method: Mapping[str, str]) -> PruningState:

@@ -497,3 +497,21 @@ def test_a_rule_that_does_not_say_so_must_not_grow():
     ):
         pruner.prune_to(0.125)
     assert torch.equal(pruner.masks["weight"], masks["weight"])
+
+
+def test_zeros_of_a_tensor_of_which_nothing_is_left_stay():
+    layer = nn.Linear(2, 2)
+    pruner = Pruner(layer, optimizers=[])
+    pruner.hold(MaskSet({"weight": torch.zeros(2, 2, dtype=torch.bool)}))
+    assert pruner.hold_zeros().pruned == 4
+
+
+def test_a_rule_stands_alone():
+    layer = nn.Linear(2, 2)
+    assert Pruner(layer, rule=Prune(scope="layer"), optimizers=[]).prune_to(0.5).pruned == 2
+    for beside in ({"importance": Random(1)}, {"scope": "layer"}, {"costs": {"weight": 1.0}}):
+        with pytest.raises(ValueError, match=r"`rule` must be given without `importance`"):
+            Pruner(layer, rule=Prune(), optimizers=[], **beside)
+    for wrong in (Prune, "magnitude"):
+        with pytest.raises(TypeError, match=r"`rule` must be an instance of a mask rule"):
+            Pruner(layer, rule=wrong, optimizers=[])

@@ -185,3 +185,37 @@ def test_what_is_logged_is_the_sparsity_of_the_weights(model, batches, trainer):
     fit.fit(model, batches)
     assert fit.callback_metrics["sparsity"] == pytest.approx(sparsity(model), abs=1e-6)
     assert pruning.sparsity == pytest.approx(sparsity(model), abs=1e-6)
+
+
+@pytest.mark.parametrize("granularity", [None, Channels()])
+@pytest.mark.parametrize("power", [0.25, 0.9])
+def test_another_fit_goes_on_with_the_costs_that_were_measured(
+    trainer, model, batches, tmp_path, granularity, power
+):
+    measured = []
+
+    def costs(module, example):
+        measured.append(module)
+        return multiply_adds(module, example, power=power)
+
+    pruning = PruningCallback([0.2, 0.4, 0.5], granularity=granularity, costs=costs)
+    save = SaveAt(1, tmp_path / "one.ckpt")
+    with pytest.raises(ArithmeticError):
+        trainer(pruning, save, Break(), max_epochs=3).fit(model, batches)
+    assert pruning.round == 1
+    trainer(pruning, max_epochs=3).fit(model, batches)
+    assert (pruning.round, len(measured)) == (3, 1)
+    assert pruning.cost_per_weight.power == power
+
+    resumed = PruningCallback([0.2, 0.4, 0.5], granularity=granularity, costs=costs)
+    trainer(resumed, max_epochs=3).fit(fresh(model), batches, ckpt_path=save.path)
+    assert resumed.round == 3
+    assert resumed.cost_per_weight == pruning.cost_per_weight
+    assert resumed.cost_per_weight.power == power
+
+
+class Break(L.Callback):
+    """Breaks off after the first epoch."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        raise ArithmeticError

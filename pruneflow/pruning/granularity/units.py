@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pruneflow.distributed import is_sharded
 from pruneflow.errors import expect
 from pruneflow.pruning.distribution import Groups
+from pruneflow.pruning.masks import MaskSet
 from pruneflow.pruning.threshold import Scores
 from pruneflow.structure.costs import Costs
 from pruneflow.structure.running import Example
@@ -64,7 +65,7 @@ def total_cost(costs: Costs, tensors: Mapping[str, Tensor]) -> float:
 
 def pruned_cost(masks: Mapping[str, Tensor], costs: Mapping[str, float]) -> float:
     """Cost of the pruned weights; tensors without a cost do not count."""
-    return sum(costs[name] * int((~mask).sum()) for name, mask in masks.items() if name in costs)
+    return sum(costs[n] * MaskSet({n: mask}).pruned for n, mask in masks.items() if n in costs)
 
 
 class Granularity:
