@@ -40,3 +40,18 @@ def trainer(tmp_path):
         return L.Trainer(callbacks=list(callbacks), **(settings | kwargs))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def composed():
+    """Compose the configuration with overrides."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    from pruneflow.run.recipes import store_recipes
+    from pruneflow.run.resources import resource_dir
+
+    store_recipes()
+    with initialize_config_dir(str(resource_dir("conf")), version_base="1.3"):
+        yield lambda *overrides: compose("config", overrides=list(overrides))
+    ConfigStore.instance().repo.pop("recipe")

@@ -8,8 +8,6 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from settings import IMAGE, NO_OPTIONS, SETTINGS, Net, batches, loss
 from torch.utils.data import DataLoader
@@ -22,7 +20,6 @@ from pruneflow.pruning.importance import Context
 from pruneflow.pruning.selection import Prune
 from pruneflow.pruning.torch_methods import rule_for
 from pruneflow.run.preflight import build, build_scope
-from pruneflow.run.recipes import store_recipes
 from pruneflow.run.resources import resource_dir
 from pruneflow.training.state import method_state, stable_repr
 
@@ -31,6 +28,14 @@ every = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 every_rule = pytest.mark.parametrize(
     "setting", [each for each in SETTINGS if each.argument in OF_A_RULE], ids=str
 )
+
+
+def of_single_weights(setting):
+    """Whether scores decide, of each weight by itself."""
+    if setting.argument not in OF_A_RULE:
+        return False
+    rule = rule_for(**({"importance": pruneflow.magnitude} | setting.arguments))
+    return isinstance(rule, Prune) and rule.granularity == Weights()
 
 
 def make_pruner(model, **arguments):
@@ -71,22 +76,11 @@ def test_nothing_is_missing():
     assert options - listed - {"costs=none", "costs=weights", "granularity=weights"} == set()
 
 
-@every
-def test_is_exported_and_documented(setting):
-    if setting.name.isidentifier() and setting.name not in ("layer",):
-        public = getattr(pruneflow, setting.name, None)
-        if public is not None:
-            assert setting.name in pruneflow.__all__
-            assert len(inspect.getdoc(public)) > 40
-            assert ">>>" in inspect.getdoc(public)
-
-
-@pytest.fixture(scope="module")
-def composed():
-    store_recipes()
-    with initialize_config_dir(str(resource_dir("conf")), version_base="1.3"):
-        yield lambda *overrides: compose("config", overrides=list(overrides))
-    ConfigStore.instance().repo.pop("recipe")
+@pytest.mark.parametrize("name", sorted(set(pruneflow.__all__) - NO_OPTIONS))
+def test_every_option_is_documented_with_an_example(name):
+    text = inspect.getdoc(getattr(pruneflow, name))
+    assert len(text) > 40
+    assert ">>>" in text
 
 
 @pytest.mark.parametrize("setting", [each for each in SETTINGS if each.yaml], ids=str)
@@ -145,12 +139,10 @@ def test_doing_it_again_changes_nothing(setting):
     assert all(torch.equal(value, before[n]) for n, value in pruner.model.state_dict().items())
 
 
-@every_rule
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if of_single_weights(s)], ids=str)
 def test_every_score_that_is_kept_is_at_least_every_one_that_is_pruned(setting):
     pruner = make_pruner(Net(), **setting.arguments)
     rule = pruner.rule
-    if not isinstance(rule, Prune) or rule.granularity != Weights():
-        pytest.skip("what competes are not single weights")
     evidence = evidence_for(pruner)
     context = Context(1) if evidence is None else Context(1, evidence)
     weights = {name: pruner.model.get_parameter(name).detach() for name in pruner.weight_names}

@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -13,7 +11,6 @@ from PIL import Image
 from pruneflow import latency, multiply_adds
 from pruneflow.pruning.granularity import Granularity
 from pruneflow.run.experiment import Experiment
-from pruneflow.run.recipes import store_recipes
 from pruneflow.run.resources import resource_dir
 
 RECIPES = sorted(path.stem for path in resource_dir("recipes").glob("*.yaml"))
@@ -27,14 +24,6 @@ GROUPS = [
 
 def options(group):
     return sorted(path.stem for path in (resource_dir("conf") / group).glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def composed():
-    store_recipes()
-    with initialize_config_dir(str(resource_dir("conf")), version_base="1.3"):
-        yield lambda *overrides: compose("config", overrides=list(overrides))
-    ConfigStore.instance().repo.pop("recipe")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
+from unusual import Conv1D
 
 from pruneflow import NM, Block, Channels, Pruner, Random, compute_masks, magnitude, sparsity_report
 from pruneflow.deploy import shrink
@@ -107,12 +108,6 @@ def test_n_of_m_brings_no_pruned_weight_back(seed, before, sparsity):
             assert torch.equal(kept, left)
         else:
             assert int((~after).sum()) == round(target * 128)
-
-
-class Conv1D(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs))
 
 
 def groups(weight, dim):

@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import prune
+from unusual import Lora
 
 from pruneflow import InPlace, MaskSet, Pruner, Random, Reparametrize, fold_model, sparsity
 from pruneflow.pruning.selection import Prune
@@ -405,17 +406,6 @@ def test_pruners_with_different_maskings_count_what_the_other_holds():
 def test_what_is_no_model_is_refused_by_name(wrong):
     with pytest.raises(TypeError, match=r"`model` must be an nn\.Module"):
         Pruner(wrong, optimizers=[])
-
-
-class Lora(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.base = nn.Linear(32, 32).requires_grad_(False)
-        self.down, self.up = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
 
 
 def test_tensors_that_start_at_zero_are_not_taken_for_pruned():

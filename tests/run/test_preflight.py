@@ -5,8 +5,6 @@ import re
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from lightning import LightningDataModule
 from omegaconf import OmegaConf
 from torch import nn
@@ -15,17 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from pruneflow.run.deploy_task import DeployTask
 from pruneflow.run.experiment import Experiment
 from pruneflow.run.preflight import BuildError, check_values
-from pruneflow.run.recipes import store_recipes
-from pruneflow.run.resources import resource_dir
-
-
-@pytest.fixture(scope="module")
-def composed():
-    store_recipes()
-    with initialize_config_dir(str(resource_dir("conf")), version_base="1.3"):
-        yield lambda *overrides: compose("config", overrides=list(overrides))
-    ConfigStore.instance().repo.pop("recipe")
-
 
 EMA = "{_target_: lightning.pytorch.callbacks.EMAWeightAveraging}"
 EARLY_STOPPING = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val_loss}"

@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
+from unusual import Conv1D
 
 from pruneflow import Channels, Pruner
 from pruneflow.structure import layer_types
@@ -134,18 +135,6 @@ def test_a_weight_tied_to_an_embedding_is_not_prunable_by_default():
     with pytest.raises(ValueError, match="at least one tensor"):
         select(model)
     assert names(model, ["out.weight"]) == ["out.weight"]
-
-
-class Conv1D(nn.Module):
-    """As in GPT-2: a Linear layer that keeps its weight transposed."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 class Experts(nn.Module):

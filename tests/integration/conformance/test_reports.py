@@ -8,6 +8,7 @@ import torchvision
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from unusual import Conv1D, Lora
 
 from pruneflow import (
     NM,
@@ -49,16 +50,6 @@ class ValidatedTask(Task):
 def points():
     data = TensorDataset(torch.randn(64, 20), torch.randint(2, (64,)))
     return DataLoader(data, batch_size=16)
-
-
-class Conv1D(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 def test_layers_of_unknown_types_are_named_and_can_be_included():
@@ -158,26 +149,15 @@ def test_steps_within_the_backward_pass(first):
     assert sparsity(net) == 0.5
 
 
-class Lora(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.base = nn.Linear(32, 32).requires_grad_(False)
-        self.a, self.b = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
-        nn.init.zeros_(self.b.weight)
-
-    def forward(self, x):
-        return self.base(x) + self.b(self.a(x))
-
-
 def test_what_starts_at_zero_is_not_held_there():
     net, x = Lora(), torch.randn(64, 32)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
-    with pytest.warns(UserWarning, match=r"b\.weight are zero throughout"):
+    with pytest.warns(UserWarning, match=r"up\.weight are zero throughout"):
         Pruner(net, optimizers=[optimizer]).hold_zeros()
     net(x).square().mean().backward()
     optimizer.step()
-    assert net.b.weight.any()
-    with pytest.warns(UserWarning, match=r"nothing is left of b\.weight"):
+    assert net.up.weight.any()
+    with pytest.warns(UserWarning, match=r"nothing is left of up\.weight"):
         Pruner(Lora(), optimizers=[]).prune_to(0.5)
 
 
