@@ -116,6 +116,18 @@ def test_rounds_only_add_although_counts_have_to_be_whole(scope):
         masks = new
 
 
+def test_a_layer_that_is_ahead_of_its_count_stays_so_and_another_makes_up_for_it():
+    # Largest remainders give the first tensor 1 of 45 and 0 of 46.
+    weights = {"a": torch.rand(2, 5) + 1, "b": torch.rand(2, 8) + 1, "c": torch.rand(8, 8) + 1}
+    of = {name: weight.shape for name, weight in weights.items()}
+    assert counts(erk, of, 45 / 90) == {"a": 1, "b": 2, "c": 42}
+    assert counts(erk, of, 46 / 90) == {"a": 0, "b": 3, "c": 43}
+    before = compute_masks(weights, 45 / 90, importance=magnitude, scope=erk)
+    after = compute_masks(weights, 46 / 90, importance=magnitude, scope=erk, masks=before)
+    assert after.pruned == 46
+    assert not any((after[name] & ~before[name]).any() for name in after)
+
+
 def test_a_function_of_ones_own():
     def last_only(shapes, sparsity):
         *others, last = shapes

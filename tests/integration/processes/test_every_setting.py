@@ -86,3 +86,24 @@ def test_evidence_is_that_of_the_batches_of_all_processes(two, evidence):
     for name, value in first.items():
         assert torch.equal(value, second[name])
         torch.testing.assert_close(value, expected[name])
+
+
+def measure_unlike(sharded):
+    """Costs that each process measures otherwise, as it does with times."""
+
+    def costs(model, example):
+        return {"conv1.weight": 1.0 + dist.get_rank(), "conv2.weight": 2.0, "fc.weight": 3.0}
+
+    model = Net()
+    if sharded:
+        fully_shard(model)
+    pruner = Pruner(model, costs=costs, example_input=IMAGE, optimizers=[])
+    pruner.prune_to(0.5)
+    return dict(pruner.costs), pruner.masks.state()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_costs_are_those_that_the_first_process_measured(two, sharded):
+    (costs, masks), (others, theirs) = two(measure_unlike, sharded)
+    assert costs == others == {"conv1.weight": 1.0, "conv2.weight": 2.0, "fc.weight": 3.0}
+    same(masks, theirs)
