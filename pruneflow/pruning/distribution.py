@@ -3,7 +3,8 @@
 A distribution is a function `(shapes, sparsity) -> [(names, sparsity of the group), ...]`, which
 puts the qualified name of each tensor to prune in one group. It is passed as `scope=`, or by name.
 A new distribution is a function in this module and an entry of `_BY_NAME` or, with settings, a
-frozen dataclass.
+frozen dataclass. If it does not fit every final sparsity of a schedule, it has a method
+`check_target(shapes, target)` that raises a ValueError, as `PerLayer` has.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Prune:
             self.costs is None or one_sparsity,
             "costs",
             f"be None with scope {self.scope!r}, which distributes weights",
-            self.costs,
+            "costs",
             "use scope='global' or 'layer'",
         )
         if self.costs is not None and not callable(self.costs):

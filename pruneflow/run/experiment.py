@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import Checkpoint
@@ -150,7 +151,9 @@ class Experiment:
             rewind=config.pruning.rewind,
             optimizer_state=config.pruning.optimizer_state,
         )
-        self.pruning.check(self._classifier(self.network, 1), self._example())
+        example = self._example()
+        blank = torch.cat([example, example]), torch.tensor([0, 1])
+        self.pruning.check(self._classifier(self.network, 1), example, [blank])
         # The learning-rate schedule spans all rounds, or with `rewind` the last and longest one.
         last_round = config.pruning.epochs - (self.schedule.rounds - 1) * clock.every
         self.schedule_epochs = last_round if config.pruning.rewind else config.pruning.epochs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal
@@ -211,17 +211,26 @@ class PruningCallback(L.Callback):
         """Qualified name -> cost of each weight; None if weights are counted, or before `fit`."""
         return self._state.costs if callable(self.rule.costs) else self.rule.costs
 
-    def check(self, model: nn.Module, example: Example | None = None) -> None:
+    def check(
+        self,
+        model: nn.Module,
+        example: Example | None = None,
+        batches: Iterable[Any] | None = None,
+    ) -> None:
         """Check that a model can be pruned with these settings, as `fit` does before training.
 
         Args:
             model: The model; not changed.
             example: Example input, for `Channels()` and measured costs.
+            batches: Batches for the calibration, to check that it covers all tensors; None not to.
 
         Raises:
             ValueError: If it cannot.
         """
-        self._make_pruner(model, self.rule, [], example).check(self._target)
+        pruner = self._make_pruner(model, self.rule, [], example)
+        pruner.check(self._target)
+        if batches is not None and self.calibration is not None and self.rule.needs is not None:
+            pruner.check_evidence(self.rule.needs(model, batches, self.calibration.loss))
 
     @torch.inference_mode(False)
     def enforce(self) -> None:

@@ -500,6 +500,8 @@ def test_help_and_cfg(tmp_path):
             "(in `callbacks.ema`; change or leave out callbacks.ema.decay=7",
         ),
         (["pruning.exclude=['fc.*']"], "`exclude` must match parameters of the model, got 'fc.*'"),
+        (["importance=wanda", "pruning.include=['*.bias']"], "`evidence` must have an entry"),
+        (["pruning.scope=erk", "costs=latency"], "`costs` must be None with scope 'erk'"),
         (["pruning.scope=channel"], "`scope` must be"),
         (["data=image_folder", "data.root=nowhere"], "nowhere"),
         (

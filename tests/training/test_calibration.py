@@ -329,3 +329,15 @@ def test_the_former_name_still_works(trainer, model, batches):
 def test_a_calibration_of_another_kind():
     with pytest.raises(TypeError, match=r"`calibration` must be a Calibration, got loss"):
         PruningCallback([0.5], importance=taylor, calibration=loss)
+
+
+def test_a_model_can_be_checked_before_there_is_a_trainer(batches):
+    model = Normed()
+    before = copy.deepcopy(model.state_dict())
+    pruning = PruningCallback([0.5], importance=by_input_norms, calibration=Calibration(loss))
+    pruning.check(model)
+    with pytest.raises(ValueError, match=r"`evidence` must have .* got none for unused\.weight"):
+        pruning.check(model, batches=batches.train_dataloader())
+    del model.unused
+    pruning.check(model, batches=batches.train_dataloader())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
