@@ -313,7 +313,7 @@ def go_wrong(importance, value, target):
     if dist.get_rank() == 1:
         model[0].weight.detach().to_local()[0, 0] = value
     pruner.importance = importance
-    with pytest.raises(Exception, match=r"no score|expected|must") as caught:
+    with pytest.raises(Exception, match=r"no score|must") as caught:
         pruner.prune_to(target)
     assert same(whole(pruner.masks), whole(before))
     if dist.get_rank() == 1:
